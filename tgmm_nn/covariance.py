@@ -1,0 +1,357 @@
+r"""Covariance families: three structures, each per component or tied.
+
+A structure is a stateless strategy. It says which part :math:`[A]` of a symmetric d × d matrix it keeps (its *element*), how such an
+element is factorised, and how rows are whitened by the factor. Elements carry a leading axis of K, or of 1 when tied, so that everything
+broadcasts and nothing else in the package knows which family it works with.
+
+=================  ==============  =====================  ==========================
+name               element         ``covariances_``       free covariance parameters
+=================  ==============  =====================  ==========================
+full               ``(K, d, d)``   ``(K, d, d)``          K d (d + 1) / 2
+diag               ``(K, d)``      ``(K, d)``             K d
+spherical          ``(K,)``        ``(K,)``               K
+tied_full          ``(1, d, d)``   ``(d, d)``             d (d + 1) / 2
+tied_diag          ``(1, d)``      ``(d,)``               d
+tied_spherical     ``(1,)``        ``()``                 1
+=================  ==============  =====================  ==========================
+
+The factor of a covariance Σ is P with :math:`\Sigma^{-1} = P P^\top`; :math:`y = P^\top (x - \mu)` is whitened, and
+:math:`\log |\Sigma|^{-1/2} = \log |P|`. It is what scikit-learn calls ``precisions_cholesky_``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["COVARIANCES", "Covariance", "Diagonal", "Full", "Spherical"]
+
+# A covariance that cannot be factorised is lifted by this fraction of its mean variance: about the relative error that
+# sums of float32 products can carry, and small enough that a float32 factor still represents the result.
+LIFT = 1e-6
+
+
+@dataclass(frozen=True)
+class Covariance(ABC):
+    r"""Structure of a covariance; subclasses hold no state besides ``tied``.
+
+    Laws that every structure obeys, with :math:`[A]` the element of a matrix (tested for all of them):
+
+    - ``outer`` is bilinear, and ``outer(x, x)`` has mean diagonal :math:`|x|^2 / d`;
+    - ``square(root(P)) == c`` for the factor P of every positive definite element c, and ``square(P)`` is its inverse;
+    - ``features(x) @ dual(A, d)`` is :math:`x^\top A x`, and ``unpack(features(x), d) == outer(x, x)``;
+    - ``whiten`` gives rows whose squared length is the Mahalanobis distance, and ``log_det`` the matching normaliser;
+    - ``congruence(root(P), whitened_second(whiten(x), r)) == Σ r outer(x - μ, x - μ)``.
+
+    Args:
+        tied: Whether all components share one covariance.
+    """
+
+    tied: bool = False
+
+    @abstractmethod
+    def shape(self, n_features: int) -> tuple[int, ...]:
+        """Return the shape of one element."""
+
+    @abstractmethod
+    def n_parameters(self, n_features: int) -> int:
+        """Return the number of free parameters of one element."""
+
+    @abstractmethod
+    def outer(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the element of each ``a bᵀ``, for ``a`` and ``b`` of shape ``(..., d)``."""
+
+    @abstractmethod
+    def mean_diagonal(self, element: Tensor) -> Tensor:
+        """Return the mean of each element's diagonal: the mean variance per feature."""
+
+    @abstractmethod
+    def add_to_diagonal(self, element: Tensor, value: float | Tensor) -> Tensor:
+        """Return elements plus ``value`` times the identity; ``value`` is a number or one per element."""
+
+    @abstractmethod
+    def is_positive(self, covariance: Tensor) -> Tensor:
+        """Return which covariances are positive definite, one boolean per element."""
+
+    @abstractmethod
+    def factor(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the factor P of each covariance, and which of them exist."""
+
+    @abstractmethod
+    def root(self, factor: Tensor) -> Tensor:
+        """Return ``L = P⁻ᵀ``, the Cholesky factor of each covariance, from the factor of its precision."""
+
+    @abstractmethod
+    def square(self, factor: Tensor) -> Tensor:
+        """Return ``A Aᵀ``: the precision of a factor, the covariance of a root."""
+
+    @abstractmethod
+    def apply(self, element: Tensor, rows: Tensor) -> Tensor:
+        """Return each element times its row, for one row per component, shape ``(K, d)``."""
+
+    @abstractmethod
+    def congruence(self, root: Tensor, second: Tensor) -> Tensor:
+        """Return ``L S Lᵀ``: sums from `whitened_second` in the units of the data."""
+
+    @abstractmethod
+    def log_det(self, factor: Tensor, n_features: int) -> Tensor:
+        """Return the log-determinant of each factor as a d × d matrix."""
+
+    @abstractmethod
+    def whiten(self, x: Tensor, means: Tensor, factor: Tensor) -> Tensor:
+        """Return ``Pᵀ (x - μ_k)`` for rows ``(n, d)`` and means ``(K, d)``, shape ``(n, K, d)``."""
+
+    @abstractmethod
+    def whitened_second(self, y: Tensor, r: Tensor) -> Tensor:
+        """Return the elements of ``Σ_n r_nk y_nk y_nkᵀ`` for whitened rows ``(n, K, d)`` and ``r`` of shape ``(n, K)``."""
+
+    @abstractmethod
+    def features(self, x: Tensor) -> Tensor:
+        """Return the independent entries of each row's element ``[x xᵀ]``, shape ``(n, F)``."""
+
+    @abstractmethod
+    def dual(self, matrix: Tensor, n_features: int) -> Tensor:
+        """Return the coefficients that make ``features(x) @ dual(A, d)`` equal ``xᵀ A x``, shape ``(..., F)``."""
+
+    @abstractmethod
+    def unpack(self, features: Tensor, n_features: int) -> Tensor:
+        """Return elements from (sums of) features, shape ``(..., F)``."""
+
+    def leading(self, n_components: int) -> int:
+        """Return how many elements ``n_components`` components have."""
+        return 1 if self.tied else n_components
+
+    def pool(self, per_component: Tensor) -> Tensor:
+        """Return what the elements sum over: the components where tied, nothing otherwise."""
+        return per_component.sum(0, keepdim=True) if self.tied else per_component
+
+    def public(self, element: Tensor) -> Tensor:
+        """Return elements without the leading 1 of a tied structure, as users see them."""
+        return element.squeeze(0) if self.tied else element
+
+    def internal(self, element: Tensor) -> Tensor:
+        """Return elements with the leading 1 of a tied structure; inverse of `public`."""
+        return element.unsqueeze(0) if self.tied else element
+
+    def public_shape(self, n_components: int, n_features: int) -> tuple[int, ...]:
+        """Return the shape of ``covariances_``."""
+        return self.shape(n_features) if self.tied else (n_components, *self.shape(n_features))
+
+    def identity(self, n_components: int, n_features: int) -> Tensor:
+        """Return unit covariances (or their factors), in the default dtype."""
+        zeros = torch.zeros(self.leading(n_components), *self.shape(n_features))
+        return self.add_to_diagonal(zeros, 1.0)
+
+    def lift(self, covariance: Tensor) -> Tensor:
+        """Return covariances lifted on the diagonal by a small fraction of their mean variance."""
+        return self.add_to_diagonal(covariance, LIFT * self.mean_diagonal(covariance))
+
+
+class Full(Covariance):
+    """Any symmetric positive definite matrix; the element is the matrix itself, the factor upper triangular.
+
+    Example:
+        >>> Full().public_shape(3, 2), Full(tied=True).public_shape(3, 2)
+        ((3, 2, 2), (2, 2))
+    """
+
+    def shape(self, n_features: int) -> tuple[int, ...]:
+        return (n_features, n_features)
+
+    def n_parameters(self, n_features: int) -> int:
+        return n_features * (n_features + 1) // 2
+
+    def outer(self, a: Tensor, b: Tensor) -> Tensor:
+        return a.unsqueeze(-1) * b.unsqueeze(-2)
+
+    def mean_diagonal(self, element: Tensor) -> Tensor:
+        return element.diagonal(dim1=-2, dim2=-1).mean(-1)
+
+    def add_to_diagonal(self, element: Tensor, value: float | Tensor) -> Tensor:
+        eye = torch.eye(element.shape[-1], dtype=element.dtype, device=element.device)
+        return element + (value[..., None, None] if isinstance(value, Tensor) else value) * eye
+
+    def is_positive(self, covariance: Tensor) -> Tensor:
+        return torch.linalg.cholesky_ex(covariance).info == 0
+
+    def factor(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
+        lower, info = torch.linalg.cholesky_ex(covariance)
+        factor = _inverse_of_lower(lower).mT
+        return factor, (info == 0) & torch.isfinite(factor).all(-1).all(-1)
+
+    def root(self, factor: Tensor) -> Tensor:
+        return _inverse_of_lower(factor.mT)
+
+    def square(self, factor: Tensor) -> Tensor:
+        return factor @ factor.mT
+
+    def apply(self, element: Tensor, rows: Tensor) -> Tensor:
+        return (element @ rows.unsqueeze(-1)).squeeze(-1)
+
+    def congruence(self, root: Tensor, second: Tensor) -> Tensor:
+        return root @ second @ root.mT
+
+    def log_det(self, factor: Tensor, n_features: int) -> Tensor:
+        return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+    def whiten(self, x: Tensor, means: Tensor, factor: Tensor) -> Tensor:
+        # One product with all factors side by side, (n, d) x (d, K·d); the means are whitened apart and subtracted.
+        n_features = x.shape[-1]
+        stacked = factor.movedim(0, 1).reshape(n_features, -1)
+        y = (x @ stacked).unflatten(-1, (-1, n_features))
+        return y - (means.unsqueeze(-2) @ factor).squeeze(-2)
+
+    def whitened_second(self, y: Tensor, r: Tensor) -> Tensor:
+        y = y.movedim(0, 1)
+        return self.pool((y * r.mT.unsqueeze(-1)).mT @ y)
+
+    def features(self, x: Tensor) -> Tensor:
+        i, j = self._pairs(x)
+        return x[:, i] * x[:, j]
+
+    def dual(self, matrix: Tensor, n_features: int) -> Tensor:
+        i, j = self._pairs(matrix)
+        return matrix[..., i, j] * torch.where(i == j, 1.0, 2.0).to(matrix.dtype)
+
+    def unpack(self, features: Tensor, n_features: int) -> Tensor:
+        matrix = features.new_zeros(*features.shape[:-1], n_features, n_features)
+        i, j = self._pairs(matrix)
+        matrix[..., i, j] = features
+        matrix[..., j, i] = features
+        return matrix
+
+    @staticmethod
+    def _pairs(x: Tensor) -> tuple[Tensor, Tensor]:
+        i, j = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device).unbind()
+        return i, j
+
+
+class Diagonal(Covariance):
+    """A diagonal matrix; the element is its diagonal, the factor one over the standard deviations."""
+
+    def shape(self, n_features: int) -> tuple[int, ...]:
+        return (n_features,)
+
+    def n_parameters(self, n_features: int) -> int:
+        return n_features
+
+    def outer(self, a: Tensor, b: Tensor) -> Tensor:
+        return a * b
+
+    def mean_diagonal(self, element: Tensor) -> Tensor:
+        return element.mean(-1)
+
+    def add_to_diagonal(self, element: Tensor, value: float | Tensor) -> Tensor:
+        return element + (value[..., None] if isinstance(value, Tensor) else value)
+
+    def is_positive(self, covariance: Tensor) -> Tensor:
+        return (covariance > 0).all(-1)
+
+    def factor(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
+        factor = covariance.rsqrt()
+        return factor, torch.isfinite(factor).all(-1)
+
+    def root(self, factor: Tensor) -> Tensor:
+        return factor.reciprocal()
+
+    def square(self, factor: Tensor) -> Tensor:
+        return factor.square()
+
+    def apply(self, element: Tensor, rows: Tensor) -> Tensor:
+        return element * rows
+
+    def congruence(self, root: Tensor, second: Tensor) -> Tensor:
+        return root.square() * second
+
+    def log_det(self, factor: Tensor, n_features: int) -> Tensor:
+        return factor.log().sum(-1)
+
+    def whiten(self, x: Tensor, means: Tensor, factor: Tensor) -> Tensor:
+        return (x.unsqueeze(-2) - means) * factor
+
+    def whitened_second(self, y: Tensor, r: Tensor) -> Tensor:
+        return self.pool(torch.einsum("nk,nkd->kd", r, y.square()))
+
+    def features(self, x: Tensor) -> Tensor:
+        return x.square()
+
+    def dual(self, matrix: Tensor, n_features: int) -> Tensor:
+        return matrix
+
+    def unpack(self, features: Tensor, n_features: int) -> Tensor:
+        return features
+
+
+class Spherical(Covariance):
+    """A multiple of the identity; the element is that number, the mean of the diagonal, so its maximiser is T / f as in the others."""
+
+    def shape(self, n_features: int) -> tuple[int, ...]:
+        return ()
+
+    def n_parameters(self, n_features: int) -> int:
+        return 1
+
+    def outer(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).mean(-1)
+
+    def mean_diagonal(self, element: Tensor) -> Tensor:
+        return element
+
+    def add_to_diagonal(self, element: Tensor, value: float | Tensor) -> Tensor:
+        return element + value
+
+    def is_positive(self, covariance: Tensor) -> Tensor:
+        return covariance > 0
+
+    def factor(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
+        factor = covariance.rsqrt()
+        return factor, torch.isfinite(factor)
+
+    def root(self, factor: Tensor) -> Tensor:
+        return factor.reciprocal()
+
+    def square(self, factor: Tensor) -> Tensor:
+        return factor.square()
+
+    def apply(self, element: Tensor, rows: Tensor) -> Tensor:
+        return element.unsqueeze(-1) * rows
+
+    def congruence(self, root: Tensor, second: Tensor) -> Tensor:
+        return root.square() * second
+
+    def log_det(self, factor: Tensor, n_features: int) -> Tensor:
+        return n_features * factor.log()
+
+    def whiten(self, x: Tensor, means: Tensor, factor: Tensor) -> Tensor:
+        return (x.unsqueeze(-2) - means) * factor.unsqueeze(-1)
+
+    def whitened_second(self, y: Tensor, r: Tensor) -> Tensor:
+        return self.pool((r * y.square().mean(-1)).sum(0))
+
+    def features(self, x: Tensor) -> Tensor:
+        return x.square().mean(-1, keepdim=True)
+
+    def dual(self, matrix: Tensor, n_features: int) -> Tensor:
+        return n_features * matrix.unsqueeze(-1)
+
+    def unpack(self, features: Tensor, n_features: int) -> Tensor:
+        return features.squeeze(-1)
+
+
+def _inverse_of_lower(lower: Tensor) -> Tensor:
+    """Return the inverse of each lower triangular matrix (triangular solves: batched LU can fail inside MKL)."""
+    eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+    return torch.linalg.solve_triangular(lower, eye, upper=False)
+
+
+COVARIANCES: dict[str, Covariance] = {
+    "full": Full(),
+    "diag": Diagonal(),
+    "spherical": Spherical(),
+    "tied_full": Full(tied=True),
+    "tied_diag": Diagonal(tied=True),
+    "tied_spherical": Spherical(tied=True),
+}

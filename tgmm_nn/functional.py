@@ -1,0 +1,431 @@
+r"""The mathematics of EM as pure functions of tensors; they know no module and no state.
+
+Notation: x is a row of d features, :math:`\mu_k` the mean of component k, P the factor of its precision
+(:math:`\Sigma_k^{-1} = P_k P_k^\top`), :math:`\pi_k` its weight, :math:`r_{nk}` the responsibility of k for row n times the row's weight,
+and :math:`n_k = \sum_n r_{nk}`. Log-densities are in nats.
+
+The E-step comes in two forms with one result. `whitened_statistics` forms :math:`y = P_k^\top (x - \mu_k)` for every component and sums
+about each component's own mean: as accurate as the dtype can be. `moment_statistics` writes the mixture as an exponential family,
+with two matrix products in all: faster, and accurate where `conditioning` is moderate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tgmm_nn.covariance import Covariance
+from tgmm_nn.statistics import Statistics
+
+__all__ = [
+    "Parameters",
+    "accumulator_dtype",
+    "conditioning",
+    "expectation",
+    "hard_statistics",
+    "log_density",
+    "log_joint",
+    "map_rows",
+    "maximize",
+    "mixture_mean",
+    "moment_statistics",
+    "per_element",
+    "scatter",
+    "statistics_of",
+    "whitened_statistics",
+]
+
+LOG_2PI = math.log(2.0 * math.pi)
+
+
+class Parameters(NamedTuple):
+    """Parameters of a mixture of K components in d features.
+
+    Attributes:
+        weights: Mixing weights, shape ``(K,)``.
+        means: Means, shape ``(K, d)``.
+        factor: Factor of the precisions in the structure's shape, leading axis ``K``, or 1 when tied.
+    """
+
+    weights: Tensor
+    means: Tensor
+    factor: Tensor
+
+    def to(self, dtype: torch.dtype) -> Parameters:
+        """Return the same parameters in another dtype."""
+        return Parameters(*(p.to(dtype) for p in self))
+
+
+def mixture_mean(parameters: Parameters) -> Tensor:
+    """Return the mean of the mixture, shape ``(d,)``: the reference point that makes float32 products safe far from zero."""
+    return parameters.weights @ parameters.means
+
+
+def log_joint(x: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
+    r"""Return the log of each weighted component density.
+
+    .. math:: \log \pi_k + \log N(x_n; \mu_k, \Sigma_k) = \log \pi_k + \log |P_k| - \tfrac12 |P_k^\top (x_n - \mu_k)|^2 - \tfrac d2 \log 2\pi
+
+    Args:
+        x: Rows, shape ``(n, d)``.
+        parameters: Parameters in the dtype of ``x``.
+        covariance: Structure of the covariances.
+
+    Returns:
+        Tensor of shape ``(n, K)``, in nats.
+
+    Example:
+        >>> from tgmm_nn.covariance import Spherical
+        >>> one = Parameters(torch.ones(1), torch.zeros(1, 1), torch.ones(1))
+        >>> log_joint(torch.zeros(1, 1), one, Spherical())
+        tensor([[-0.9189]])
+    """
+    return _log_joint_of_whitened(_whiten(x, parameters, covariance), parameters, covariance)
+
+
+def log_density(x: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
+    r"""Return :math:`\log p(x_n) = \log \sum_k \pi_k N(x_n; \mu_k, \Sigma_k)`, shape ``(n,)``; −∞ for a row at infinity.
+
+    Differentiable, also twice. Oracle: ``torch.distributions.MixtureSameFamily``.
+    """
+    # inf - inf would give nan: a row at infinity is scored apart, with no gradient.
+    at_infinity = torch.isinf(x).any(-1) & ~torch.isnan(x).any(-1)
+    value = log_joint(torch.where(at_infinity[:, None], 0.0, x), parameters, covariance).logsumexp(-1)
+    return torch.where(at_infinity, -torch.inf, value)
+
+
+def whitened_statistics(
+    x: Tensor,
+    parameters: Parameters,
+    covariance: Covariance,
+    sample_weight: Tensor | None = None,
+    log_prior: Tensor | None = None,
+) -> Statistics:
+    r"""Sum what the M-step needs, about each component's own mean.
+
+    With :math:`y_{nk} = P_k^\top (x_n - \mu_k)` the sums :math:`\sum_n r_{nk} y_{nk}` and :math:`\sum_n r_{nk} y_{nk} y_{nk}^\top` are of order one
+    wherever the component is and however narrow; they are mapped back by :math:`P_k^{-\top}` in float64. Rows that are not finite (or so far
+    away that their squared length is not) are left out, without reading a value on the host.
+
+    Args:
+        x: Rows, shape ``(n, d)``.
+        parameters: Parameters of the E-step, in the dtype of ``x``.
+        covariance: Structure of the covariances.
+        sample_weight: Non-negative weight of each row, shape ``(n,)``; a row of weight 2 counts as two rows.
+        log_prior: Log-prior of each row over components in nats, shape ``(n, K)``, added to the joint; −inf forbids a component, and a row
+            for which all are forbidden counts as skipped.
+
+    Returns:
+        Statistics about ``parameters.means``, totals in float64 (float32 where the device has no float64).
+
+    References:
+        Dempster, Laird and Rubin, Maximum likelihood from incomplete data via the EM algorithm, 1977.
+    """
+    x, usable = _mask_rows(x, mixture_mean(parameters))
+    y = _whiten(x, parameters, covariance)
+    r, log_likelihood, usable = _responsibilities(_log_joint_of_whitened(y, parameters, covariance), usable, sample_weight, log_prior)
+    wide = accumulator_dtype(x.device)
+    root = covariance.root(parameters.factor.to(wide))
+    return Statistics(
+        count=r.sum(0).to(wide),
+        first=covariance.apply(root, torch.einsum("nk,nkd->kd", r, y).to(wide)),
+        second=covariance.congruence(root, covariance.whitened_second(y, r).to(wide)),
+        log_likelihood=log_likelihood.to(wide),
+        rows=usable.sum().to(wide),
+        skipped=(~usable).sum().to(wide),
+        origin=parameters.means,
+        covariance=covariance,
+    )
+
+
+def moment_statistics(
+    x: Tensor,
+    parameters: Parameters,
+    covariance: Covariance,
+    origin: Tensor,
+    sample_weight: Tensor | None = None,
+    log_prior: Tensor | None = None,
+) -> Statistics:
+    r"""Sum the same as `whitened_statistics`, about one reference point and by two matrix products.
+
+    With the rows :math:`\phi(x) = [1, \tilde x, [\tilde x \tilde x^\top]]` about the reference point o, and :math:`A_k = P_k P_k^\top`,
+
+    .. math::
+        \log \pi_k N(x_n; \mu_k, \Sigma_k) = \langle \phi(x_n), \theta_k \rangle, \qquad
+        \theta_k = [\log \pi_k + \log |P_k| - \tfrac d2 \log 2\pi - \tfrac12 \tilde\mu_k^\top A_k \tilde\mu_k,\; A_k \tilde\mu_k,\; -\tfrac12 A_k],
+
+    and the sums are :math:`\sum_n r_{nk} \phi(x_n)`. The relative error of a covariance is about `conditioning` times the dtype's epsilon.
+
+    Args and returns are those of `whitened_statistics`, but for ``origin``, the reference point of shape ``(d,)``.
+    """
+    n_features = x.shape[-1]
+    x, usable = _mask_rows(x, origin)
+    centred = x - origin
+    phi = torch.cat([torch.ones_like(centred[:, :1]), centred, covariance.features(centred)], -1)
+    joint = phi @ _natural_parameters(parameters, covariance, origin).mT
+    r, log_likelihood, usable = _responsibilities(joint, usable, sample_weight, log_prior)
+    wide = accumulator_dtype(x.device)
+    sums = (r.mT @ phi).to(wide)
+    return Statistics(
+        count=sums[:, 0],
+        first=sums[:, 1 : 1 + n_features],
+        second=covariance.pool(covariance.unpack(sums[:, 1 + n_features :], n_features)),
+        log_likelihood=log_likelihood.to(wide),
+        rows=usable.sum().to(wide),
+        skipped=(~usable).sum().to(wide),
+        origin=origin,
+        covariance=covariance,
+    )
+
+
+def expectation(
+    x: Tensor,
+    parameters: Parameters,
+    covariance: Covariance,
+    sample_weight: Tensor | None = None,
+    log_prior: Tensor | None = None,
+    *,
+    moments: bool = False,
+    chunk_size: int | None = None,
+) -> Statistics:
+    """E-step over any number of rows: the sums of chunks that fit the cache, merged.
+
+    Args:
+        x: Rows, shape ``(n, d)``.
+        parameters: Parameters of the E-step; used in the dtype of ``x``.
+        covariance: Structure of the covariances.
+        sample_weight: Non-negative weight of each row, shape ``(n,)``.
+        log_prior: Log-prior of each row over components, shape ``(n, K)``.
+        moments: Use `moment_statistics`, where `conditioning` allows it.
+        chunk_size: Rows in a chunk; None chooses by the size of the arrays.
+    """
+    parameters = parameters.to(x.dtype)
+    origin = mixture_mean(parameters)
+    width = 1 + len(origin) + covariance.features(origin[None]).shape[-1] if moments else parameters.means.numel()
+
+    def sums(rows: Tensor, weight: Tensor | None, prior: Tensor | None) -> Statistics:
+        if moments:
+            return moment_statistics(rows, parameters, covariance, origin, weight, prior)
+        return whitened_statistics(rows, parameters, covariance, weight, prior)
+
+    size = chunk_size or _rows_per_chunk(width, x.element_size())
+    if len(x) <= size:
+        return sums(x, sample_weight, log_prior)
+    rows = x.split(size)
+    weights = [None] * len(rows) if sample_weight is None else sample_weight.split(size)
+    priors = [None] * len(rows) if log_prior is None else log_prior.split(size)
+    return reduce(Statistics.merge, map(sums, rows, weights, priors))
+
+
+def map_rows(function: Callable[[Tensor], Tensor], x: Tensor, parameters: Parameters, *, chunk_size: int | None = None) -> Tensor:
+    """Apply a function of rows ``(n, d)`` chunk by chunk where no graph is recorded, in one piece otherwise."""
+    size = chunk_size or _rows_per_chunk(parameters.means.numel(), x.element_size())
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or len(x) <= size:
+        return function(x)
+    return torch.cat([function(rows) for rows in x.split(size)])
+
+
+def hard_statistics(x: Tensor, labels: Tensor, origin: Tensor, covariance: Covariance) -> Statistics:
+    r"""Sum rows that belong wholly to one component each.
+
+    Args:
+        x: Rows, shape ``(n, d)``.
+        labels: Component of each row, integers in [0, K), shape ``(n,)``.
+        origin: Reference point of each component, shape ``(K, d)``.
+        covariance: Structure that shapes the second moment.
+
+    Returns:
+        Statistics about ``origin`` with a log-likelihood of 0.
+    """
+    wide = accumulator_dtype(x.device)
+    centred = (x - origin.to(x.dtype)[labels]).to(wide)
+    zeros = torch.zeros(len(origin), *covariance.shape(x.shape[-1]), dtype=wide, device=x.device)
+    second = zeros.index_add(0, labels, covariance.outer(centred, centred))
+    return Statistics(
+        count=torch.bincount(labels, minlength=len(origin)).to(wide),
+        first=torch.zeros_like(origin, dtype=wide).index_add(0, labels, centred),
+        second=covariance.pool(second),
+        log_likelihood=torch.zeros((), dtype=wide, device=x.device),
+        rows=torch.full((), len(x), dtype=wide, device=x.device),
+        skipped=torch.zeros((), dtype=wide, device=x.device),
+        origin=origin,
+        covariance=covariance,
+    )
+
+
+def statistics_of(weights: Tensor, means: Tensor, covariances: Tensor, covariance: Covariance) -> Statistics:
+    r"""Return the expected sums of one row drawn from a mixture: :math:`n_k = \pi_k`, zero first moment, :math:`\pi_k \Sigma_k`.
+
+    `maximize` maps them back to the same parameters.
+
+    Args:
+        weights: Mixing weights, shape ``(K,)``.
+        means: Means, shape ``(K, d)``; also the reference points.
+        covariances: Covariances in the structure's shape, leading axis ``K``, or 1 when tied.
+        covariance: Structure of the covariances.
+    """
+    wide = accumulator_dtype(means.device)
+    count = weights.to(wide)
+    mass = covariance.pool(count)
+    zero = torch.zeros((), dtype=wide, device=means.device)
+    return Statistics(
+        count=count,
+        first=torch.zeros_like(means, dtype=wide),
+        second=covariances.to(wide) * per_element(mass, covariances),
+        log_likelihood=zero,
+        rows=zero + 1,
+        skipped=zero,
+        origin=means,
+        covariance=covariance,
+    )
+
+
+def maximize(
+    statistics: Statistics,
+    current: Parameters,
+    covariance: Covariance,
+    reg_covar: float = 0.0,
+    reg_covar_relative: bool = False,
+) -> Parameters:
+    r"""Return the parameters that maximise the expected complete-data log-likelihood.
+
+    .. math::
+        \pi_k = \frac{n_k}{\sum_j n_j}, \qquad \mu_k = o_k + \frac{S^{(1)}_k}{n_k}, \qquad
+        T_k = S^{(2)}_k - \frac{[S^{(1)}_k S^{(1)\top}_k]}{n_k}, \qquad \Sigma_k = \frac{T_k}{n_k}, \quad \Sigma_{tied} = \frac{\sum_k T_k}{\sum_k n_k},
+
+    and then ``reg_covar`` is added to the diagonal. A component that no row supports keeps its mean and covariance and gets weight 0. A
+    covariance that has no factor is lifted on its diagonal once, else the current factor stays. Without any row nothing changes.
+
+    Args:
+        statistics: Sums of an E-step.
+        current: Parameters to keep where the sums determine none.
+        covariance: Structure of the covariances.
+        reg_covar: Number added to the diagonal of each covariance.
+        reg_covar_relative: Read ``reg_covar`` as a fraction of the mean variance of the data, so that EM does not depend on units.
+
+    Returns:
+        Parameters in the dtype of ``current``, computed in the dtype of the sums.
+    """
+    count, total = statistics.count, statistics.weight
+    alive = _supported(count)
+    shift = statistics.first / torch.where(alive, count, 1.0)[:, None]
+    means = statistics.origin.to(shift.dtype) + shift
+    within, mass = scatter(statistics, covariance), covariance.pool(count)
+    element = within / per_element(torch.where(_supported(mass), mass, 1.0), within)
+    ridge = reg_covar * _mean_variance(count, means, within, covariance) if reg_covar_relative else reg_covar
+    element = covariance.add_to_diagonal(element, ridge)
+    # Both factorisations are always made: to look whether the first succeeded would read a value on the host.
+    positive = per_element(covariance.is_positive(element), element)
+    factor, exists = covariance.factor(torch.where(positive, element, covariance.lift(element)))
+    narrow = current.means.dtype
+    factor = factor.to(narrow)
+    return Parameters(
+        torch.where(total > 0, count / total, current.weights).to(narrow),
+        torch.where(alive[:, None], means, current.means).to(narrow),
+        torch.where(per_element(_supported(mass) & exists, factor), factor, current.factor),
+    )
+
+
+def scatter(statistics: Statistics, covariance: Covariance) -> Tensor:
+    r"""Return the scatter about the weighted means, :math:`T_k = S^{(2)}_k - [S^{(1)}_k S^{(1)\top}_k] / n_k`, summed over k when tied."""
+    alive = _supported(statistics.count)
+    first = torch.where(alive[:, None], statistics.first, 0.0)
+    shift = first / torch.where(alive, statistics.count, 1.0)[:, None]
+    return statistics.second - covariance.pool(covariance.outer(first, shift))
+
+
+def conditioning(scale: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
+    r"""Return :math:`b = \max_k s^\top |A_k| s`, the squared range of the data in standard deviations of its narrowest component.
+
+    The covariance error of `moment_statistics` is at most about b times the dtype's epsilon.
+
+    Args:
+        scale: Root mean square s of each feature about the reference point, shape ``(d,)``.
+        parameters: Parameters of the E-step.
+        covariance: Structure of the covariances.
+    """
+    precision = covariance.square(parameters.factor).abs()
+    return (covariance.features(scale[None]) @ covariance.dual(precision, len(scale)).mT).amax()
+
+
+def per_element(value: Tensor, element: Tensor) -> Tensor:
+    """Return one number per element, shaped to broadcast against the elements."""
+    return value.reshape(-1, *(1,) * (element.ndim - 1))
+
+
+def accumulator_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of totals on ``device``: float64 where it exists."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _rows_per_chunk(width: int, element_size: int) -> int:
+    """Return how many rows of ``width`` numbers stay below 4 MB, above which fresh arrays fault at each use."""
+    return min(max(4_000_000 // (width * element_size), 256), 8192)
+
+
+def _supported(mass: Tensor) -> Tensor:
+    """Return which weights are large enough to divide by."""
+    return mass > torch.finfo(mass.dtype).tiny
+
+
+def _whiten(x: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
+    """Whiten rows for every component, about the mixture's mean: far from zero a product of raw rows would cancel."""
+    origin = mixture_mean(parameters)
+    return covariance.whiten(x - origin, parameters.means - origin, parameters.factor)
+
+
+def _log_joint_of_whitened(y: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
+    constant = parameters.weights.log() + covariance.log_det(parameters.factor, y.shape[-1]) - 0.5 * y.shape[-1] * LOG_2PI
+    return constant - 0.5 * y.square().sum(-1)
+
+
+def _natural_parameters(parameters: Parameters, covariance: Covariance, origin: Tensor) -> Tensor:
+    """Return θ of `moment_statistics`, shape ``(K, 1 + d + F)``."""
+    n_components, n_features = parameters.means.shape
+    means = parameters.means - origin
+    precision = covariance.square(parameters.factor)
+    linear = covariance.apply(precision, means)
+    constant = (
+        parameters.weights.log()
+        + covariance.log_det(parameters.factor, n_features)
+        - 0.5 * (n_features * LOG_2PI + (means * linear).sum(-1))
+    )
+    quadratic = covariance.dual(precision, n_features).expand(n_components, -1)
+    return torch.cat([constant[:, None], linear, -0.5 * quadratic], -1)
+
+
+def _mask_rows(x: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
+    """Replace rows that are not finite, or whose squared length overflows, by the origin; say which rows stay."""
+    usable = torch.isfinite((x - origin).square().sum(-1))
+    return torch.where(usable[:, None], x, origin), usable
+
+
+def _responsibilities(
+    joint: Tensor, usable: Tensor, sample_weight: Tensor | None, log_prior: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the weighted responsibilities ``(n, K)``, the weighted log-likelihood and which rows entered."""
+    if log_prior is not None:
+        joint = joint + log_prior
+    log_r = joint.log_softmax(-1)
+    # log p(x) = joint - log r for any component; the largest is the one that can't be -inf - -inf.
+    log_p = joint.amax(-1) - log_r.amax(-1)
+    usable = usable & torch.isfinite(log_p)
+    weight = usable.to(joint.dtype)
+    if sample_weight is not None:
+        valid = torch.isfinite(sample_weight) & (sample_weight >= 0)
+        usable = usable & valid
+        weight = torch.where(usable, sample_weight.to(joint.dtype), 0.0)
+    r = torch.where(usable[:, None], log_r.exp() * weight[:, None], 0.0)
+    return r, torch.where(usable, log_p * weight, 0.0).sum(), usable
+
+
+def _mean_variance(count: Tensor, means: Tensor, scatter: Tensor, covariance: Covariance) -> Tensor:
+    """Return the mean over features of the variance of all rows: within components plus between them."""
+    total = torch.where(count.sum() > 0, count.sum(), 1.0)
+    between = (count[:, None] * (means - count @ means / total).square()).sum(0).mean()
+    return (covariance.mean_diagonal(scatter).sum() + between) / total

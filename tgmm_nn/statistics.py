@@ -1,0 +1,119 @@
+r"""The additive sums that EM needs, and the algebra that chunks, minibatches and ranks share.
+
+Notation: :math:`r_{nk}` is the responsibility of component k for row n times the row's weight, :math:`o_k` the reference
+point, and :math:`[A]` the part of a matrix that a covariance structure keeps: all of it, its diagonal, or the mean of its
+diagonal.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Moments", "Statistics"]
+
+
+class Moments(Protocol):
+    """What sums ask of a covariance structure: how to form its part of an outer product, and how to share it."""
+
+    def outer(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the structure's part of each ``a bᵀ``."""
+
+    def pool(self, per_component: Tensor) -> Tensor:
+        """Sum over components where the structure is tied."""
+
+
+class Statistics(NamedTuple):
+    r"""Sums over rows about a reference point, in float64 where the device has it.
+
+    .. math::
+        n_k = \sum_n r_{nk}, \qquad S^{(1)}_k = \sum_n r_{nk} (x_n - o_k), \qquad
+        S^{(2)}_k = \sum_n r_{nk} [(x_n - o_k)(x_n - o_k)^\top]
+
+    They are a vector space: the sums of two batches add up to the sums of their union (`merge`), and a batch that counts half
+    is half its sums (`scale`). Chunked, minibatch and distributed EM are these two operations.
+
+    Attributes:
+        count: :math:`n_k`, shape ``(K,)``.
+        first: :math:`S^{(1)}`, shape ``(K, d)``.
+        second: :math:`S^{(2)}` in the structure's shape with a leading axis of ``K``, or of 1 (the sum over k) when tied.
+        log_likelihood: :math:`\sum_n w_n \log p(x_n)` in nats, shape ``()``.
+        rows: Number of rows that entered the sums, shape ``()``.
+        skipped: Number of rows left out because they are not finite, shape ``()``.
+        origin: Reference point :math:`o`, shape ``(d,)``, or ``(K, d)`` with one for each component.
+        covariance: Structure that shapes ``second``.
+
+    Example:
+        >>> from tgmm_nn.covariance import Diagonal
+        >>> from tgmm_nn.functional import hard_statistics
+        >>> x, k = torch.tensor([[0.0], [2.0], [5.0]]), torch.tensor([0, 0, 1])
+        >>> whole = hard_statistics(x, k, torch.zeros(2, 1), Diagonal())
+        >>> parts = hard_statistics(x[:1], k[:1], torch.ones(2, 1), Diagonal()).merge(
+        ...     hard_statistics(x[1:], k[1:], torch.zeros(2, 1), Diagonal())
+        ... )
+        >>> parts.count, parts.about(whole.origin).second.flatten()
+        (tensor([2., 1.], dtype=torch.float64), tensor([ 4., 25.], dtype=torch.float64))
+    """
+
+    count: Tensor
+    first: Tensor
+    second: Tensor
+    log_likelihood: Tensor
+    rows: Tensor
+    skipped: Tensor
+    origin: Tensor
+    covariance: Moments
+
+    def merge(self, other: Statistics) -> Statistics:
+        """Return the sums of both, about this one's reference point.
+
+        Named, not ``+``: on a tuple a forgotten operator concatenates in silence.
+        """
+        sums = (a + b for a, b in zip(self.sums, other.about(self.origin).sums, strict=True))
+        return Statistics(*sums, self.origin, self.covariance)
+
+    def scale(self, factor: float | Tensor) -> Statistics:
+        """Return the sums of the same rows, each counting ``factor`` times."""
+        return Statistics(*(factor * s for s in self.sums), self.origin, self.covariance)
+
+    def about(self, origin: Tensor) -> Statistics:
+        r"""Return the same sums about another reference point :math:`o'`; exact but for rounding.
+
+        With :math:`\delta = o - o'`, :math:`S^{(1)\prime} = S^{(1)} + n \delta` and
+        :math:`S^{(2)\prime} = S^{(2)} + [S^{(1)} \delta^\top] + [\delta S^{(1)\top}] + n [\delta \delta^\top]`.
+        """
+        if origin is self.origin:
+            return self
+        dtype = self.first.dtype
+        delta = (self.origin.to(dtype) - origin.to(dtype)).expand_as(self.first)
+        outer = self.covariance.outer
+        n_delta = self.count[:, None] * delta
+        shift = outer(self.first + n_delta, delta) + outer(delta, self.first)
+        return self._replace(first=self.first + n_delta, second=self.second + self.covariance.pool(shift), origin=origin)
+
+    @property
+    def sums(self) -> tuple[Tensor, ...]:
+        """The additive part: everything but the reference point and the structure."""
+        return (self.count, self.first, self.second, self.log_likelihood, self.rows, self.skipped)
+
+    @property
+    def weight(self) -> Tensor:
+        """Total weight of the rows, the sum of ``count``, shape ``()``."""
+        return self.count.sum()
+
+    @property
+    def mean_log_likelihood(self) -> Tensor:
+        """Average log-likelihood in nats per unit of row weight, shape ``()``; nan when there are no rows."""
+        return self.log_likelihood / self.weight
+
+    def flatten(self) -> Tensor:
+        """Return all sums as one vector, the message that ranks exchange; `unflatten` undoes it."""
+        return torch.cat([s.reshape(-1) for s in self.sums])
+
+    def unflatten(self, flat: Tensor) -> Statistics:
+        """Return statistics shaped like these with the sums in ``flat``."""
+        parts = flat.split([s.numel() for s in self.sums])
+        sums = (p.reshape(s.shape) for p, s in zip(parts, self.sums, strict=True))
+        return Statistics(*sums, self.origin, self.covariance)
