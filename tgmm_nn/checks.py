@@ -44,10 +44,13 @@ def check_integer(name: str, value: Any, minimum: int = 1, *, optional: bool = F
         raise ValueError(f"Expected `{name}` to be at least {minimum}, but got {value}.")
 
 
-def check_number(name: str, value: Any, minimum: float = 0.0, maximum: float = math.inf, *, strict: bool = False) -> None:
+def check_number(
+    name: str, value: Any, minimum: float = 0.0, maximum: float = math.inf, *, strict: bool = False
+) -> None:
     """Raise unless ``value`` is a finite number in ``[minimum, maximum]``, or above ``minimum`` where ``strict``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"Expected `{name}` to be a number, but got {value!r} ({type(value).__name__}).")
+    value = float(value)
     too_small = value <= minimum if strict else value < minimum
     if too_small or value > maximum or not math.isfinite(value):
         lower = f"above {minimum:g}" if strict else f"at least {minimum:g}"
@@ -107,7 +110,9 @@ def check_finite(name: str, x: Tensor) -> None:
     """Raise if ``x`` holds a nan or an infinity; reads one value on the host."""
     bad = int((~torch.isfinite(x)).reshape(x.shape[0], -1).any(-1).sum())
     if bad:
-        raise ValueError(f"Expected `{name}` to be finite, but {bad} of {x.shape[0]} rows hold nan or infinity; drop or impute them.")
+        raise ValueError(
+            f"Expected `{name}` to be finite, but {bad} of {x.shape[0]} rows hold nan or infinity; drop or impute them."
+        )
 
 
 def check_array(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> Tensor:

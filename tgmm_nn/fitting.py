@@ -78,13 +78,17 @@ def fit_from(start: Statistics, x: Tensor, fresh: Parameters, options: Options) 
     """
 
     def maximize(statistics: Statistics, current: Parameters) -> Parameters:
-        return functional.maximize(statistics, current, options.covariance, options.reg_covar, options.reg_covar_relative)
+        return functional.maximize(
+            statistics, current, options.covariance, options.reg_covar, options.reg_covar_relative
+        )
 
     parameters, statistics, history = maximize(start, fresh), start, list[float]()
     scale, bound = _scale(x), torch.finfo(x.dtype).eps ** -0.5
     while True:
         moments = bool(functional.conditioning(scale, parameters, options.covariance) <= bound)
-        expected = functional.expectation(x, parameters, options.covariance, moments=moments, chunk_size=options.chunk_size)
+        expected = functional.expectation(
+            x, parameters, options.covariance, moments=moments, chunk_size=options.chunk_size
+        )
         history.append(float(expected.mean_log_likelihood))
         converged = len(history) > 1 and abs(history[-1] - history[-2]) < options.tol
         if converged or len(history) > options.max_iter:

@@ -128,7 +128,9 @@ def whitened_statistics(
     """
     x, usable = _mask_rows(x, mixture_mean(parameters))
     y = _whiten(x, parameters, covariance)
-    r, log_likelihood, usable = _responsibilities(_log_joint_of_whitened(y, parameters, covariance), usable, sample_weight, log_prior)
+    r, log_likelihood, usable = _responsibilities(
+        _log_joint_of_whitened(y, parameters, covariance), usable, sample_weight, log_prior
+    )
     wide = accumulator_dtype(x.device)
     root = covariance.root(parameters.factor.to(wide))
     return Statistics(
@@ -222,7 +224,9 @@ def expectation(
     return reduce(Statistics.merge, map(sums, rows, weights, priors))
 
 
-def map_rows(function: Callable[[Tensor], Tensor], x: Tensor, parameters: Parameters, *, chunk_size: int | None = None) -> Tensor:
+def map_rows(
+    function: Callable[[Tensor], Tensor], x: Tensor, parameters: Parameters, *, chunk_size: int | None = None
+) -> Tensor:
     """Apply a function of rows ``(n, d)`` chunk by chunk where no graph is recorded, in one piece otherwise."""
     size = chunk_size or _rows_per_chunk(parameters.means.numel(), x.element_size())
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or len(x) <= size:
@@ -380,7 +384,9 @@ def _whiten(x: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor
 
 
 def _log_joint_of_whitened(y: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
-    constant = parameters.weights.log() + covariance.log_det(parameters.factor, y.shape[-1]) - 0.5 * y.shape[-1] * LOG_2PI
+    constant = (
+        parameters.weights.log() + covariance.log_det(parameters.factor, y.shape[-1]) - 0.5 * y.shape[-1] * LOG_2PI
+    )
     return constant - 0.5 * y.square().sum(-1)
 
 

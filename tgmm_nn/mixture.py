@@ -20,7 +20,15 @@ __all__ = ["GaussianMixture"]
 
 CovarianceType = Literal["full", "diag", "spherical", "tied_full", "tied_diag", "tied_spherical"]
 
-SUMS = ("running_count", "running_first", "running_second", "running_origin", "running_step_size", "lower_bound", "objective")
+SUMS = (
+    "running_count",
+    "running_first",
+    "running_second",
+    "running_origin",
+    "running_step_size",
+    "lower_bound",
+    "objective",
+)
 OPTIONS = ("covariance_type", "n_components", "n_features")
 
 
@@ -311,7 +319,9 @@ class GaussianMixture(nn.Module):
         """
         x, generator = self._data(x), self._generator()
         starts = (self._start(x, 1, generator) for _ in range(self.n_init))
-        best = max((fit_from(start, x, self._fresh(), self._em_options()) for start in starts), key=lambda fit: fit.objective)
+        best = max(
+            (fit_from(start, x, self._fresh(), self._em_options()) for start in starts), key=lambda fit: fit.objective
+        )
         self._write(best.parameters)
         self._remember(best.statistics.scale(1.0 / best.statistics.weight))
         self.history_ = best.history
@@ -407,12 +417,23 @@ class GaussianMixture(nn.Module):
 
     def extra_repr(self) -> str:
         """Return every option that shapes the layer or EM."""
-        names = ("reg_covar", "reg_covar_relative", "init_means", "n_init", "random_state", "max_iter", "tol", "chunk_size")
+        names = (
+            "reg_covar",
+            "reg_covar_relative",
+            "init_means",
+            "n_init",
+            "random_state",
+            "max_iter",
+            "tol",
+            "chunk_size",
+        )
         options = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
         return f"{self.n_components}, {self.n_features}, {self.covariance_type!r}, {options}"
 
     def _em_options(self) -> Options:
-        return Options(self.covariance, self.max_iter, self.tol, self.reg_covar, self.reg_covar_relative, self.chunk_size)
+        return Options(
+            self.covariance, self.max_iter, self.tol, self.reg_covar, self.reg_covar_relative, self.chunk_size
+        )
 
     # ------------------------------------------------------------------------------------------------ the state
 
@@ -438,7 +459,9 @@ class GaussianMixture(nn.Module):
         if problem := self._mismatch(state_dict, prefix):
             error_msgs.append(problem)
             return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def _mismatch(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
         """Say how a state differs from this layer in options or shapes, or return None."""
@@ -483,8 +506,16 @@ class GaussianMixture(nn.Module):
 
     def _running(self) -> Statistics:
         zero = self.running_count.new_zeros(())
-        sums = (self.running_count, self.running_first, self.running_second, zero, zero, zero)
-        return Statistics(*sums, self.running_origin, self.covariance)
+        return Statistics(
+            self.running_count,
+            self.running_first,
+            self.running_second,
+            zero,
+            zero,
+            zero,
+            self.running_origin,
+            self.covariance,
+        )
 
     def _write(self, parameters: Parameters) -> None:
         self.weights_.copy_(parameters.weights)
@@ -505,7 +536,9 @@ class GaussianMixture(nn.Module):
     def _maximize(self, statistics: Statistics) -> None:
         """M-step at the sums, which become the running ones; without any row nothing changes."""
         usable = statistics.weight > 0
-        self._write(functional.maximize(statistics, self._snapshot(), self.covariance, self.reg_covar, self.reg_covar_relative))
+        self._write(
+            functional.maximize(statistics, self._snapshot(), self.covariance, self.reg_covar, self.reg_covar_relative)
+        )
         kept = self._running().about(statistics.origin)
         self._keep(
             statistics._replace(
@@ -528,7 +561,9 @@ class GaussianMixture(nn.Module):
             checks.check_sample_weight(sample_weight, len(rows))
             sample_weight = sample_weight.detach().reshape(-1)
         with torch.autocast(rows.device.type, enabled=False):
-            return functional.expectation(rows.detach(), self._snapshot(), self.covariance, sample_weight, chunk_size=self.chunk_size)
+            return functional.expectation(
+                rows.detach(), self._snapshot(), self.covariance, sample_weight, chunk_size=self.chunk_size
+            )
 
     def _map_rows(self, function: Callable[..., Tensor], x: Tensor) -> Tensor:
         """Apply a function of rows and parameters to ``(..., d)``, outside autocast."""
@@ -556,7 +591,9 @@ class GaussianMixture(nn.Module):
         return rows
 
     def _start(self, x: Tensor, n_init: int, generator: torch.Generator) -> Statistics:
-        return initialization.starting_statistics(x, self.n_components, self.covariance, self.init_means, n_init, generator)
+        return initialization.starting_statistics(
+            x, self.n_components, self.covariance, self.init_means, n_init, generator
+        )
 
     def _generator(self) -> torch.Generator:
         """Return an own generator, so that the global ones are neither seeded nor advanced."""

@@ -7,6 +7,7 @@ diagonal.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -71,12 +72,11 @@ class Statistics(NamedTuple):
 
         Named, not ``+``: on a tuple a forgotten operator concatenates in silence.
         """
-        sums = (a + b for a, b in zip(self.sums, other.about(self.origin).sums, strict=True))
-        return Statistics(*sums, self.origin, self.covariance)
+        return self._with(a + b for a, b in zip(self.sums, other.about(self.origin).sums, strict=True))
 
     def scale(self, factor: float | Tensor) -> Statistics:
         """Return the sums of the same rows, each counting ``factor`` times."""
-        return Statistics(*(factor * s for s in self.sums), self.origin, self.covariance)
+        return self._with(factor * s for s in self.sums)
 
     def about(self, origin: Tensor) -> Statistics:
         r"""Return the same sums about another reference point :math:`o'`; exact but for rounding.
@@ -91,7 +91,9 @@ class Statistics(NamedTuple):
         outer = self.covariance.outer
         n_delta = self.count[:, None] * delta
         shift = outer(self.first + n_delta, delta) + outer(delta, self.first)
-        return self._replace(first=self.first + n_delta, second=self.second + self.covariance.pool(shift), origin=origin)
+        return self._replace(
+            first=self.first + n_delta, second=self.second + self.covariance.pool(shift), origin=origin
+        )
 
     @property
     def sums(self) -> tuple[Tensor, ...]:
@@ -115,5 +117,9 @@ class Statistics(NamedTuple):
     def unflatten(self, flat: Tensor) -> Statistics:
         """Return statistics shaped like these with the sums in ``flat``."""
         parts = flat.split([s.numel() for s in self.sums])
-        sums = (p.reshape(s.shape) for p, s in zip(parts, self.sums, strict=True))
-        return Statistics(*sums, self.origin, self.covariance)
+        return self._with(p.reshape(s.shape) for p, s in zip(parts, self.sums, strict=True))
+
+    def _with(self, sums: Iterable[Tensor]) -> Statistics:
+        """Return other sums, in the order of `sums`, about the same reference point."""
+        count, first, second, log_likelihood, rows, skipped = sums
+        return Statistics(count, first, second, log_likelihood, rows, skipped, self.origin, self.covariance)
