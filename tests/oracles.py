@@ -1,0 +1,77 @@
+"""What the tests compare with, written without the package's own algebra: dense matrices and `torch.distributions`."""
+
+from typing import NamedTuple
+
+import torch
+from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
+
+from tgmm_nn.covariance import COVARIANCES, Covariance
+from tgmm_nn.functional import Parameters
+
+
+class Mixture(NamedTuple):
+    """A mixture for a test: its covariances as elements (leading axis K, or 1 when tied) beside the parameters."""
+
+    parameters: Parameters
+    covariance: Covariance
+    covariances: torch.Tensor
+
+    @property
+    def public(self):
+        """Arguments of `GaussianMixture.set_parameters`."""
+        return self.parameters.weights, self.parameters.means, self.covariance.public(self.covariances)
+
+
+def dense(element, n_features):
+    """Write elements of any structure as d × d matrices."""
+    n_axes = element.ndim - 1
+    if n_axes == 0:
+        element = element[:, None].expand(-1, n_features)
+    return torch.diag_embed(element) if n_axes < 2 else element
+
+
+def restrict(matrices, family):
+    """Keep what a family keeps of one d × d matrix per component; a tied family sums over components."""
+    part = {
+        "full": lambda m: m,
+        "diag": lambda m: m.diagonal(dim1=-2, dim2=-1),
+        "spherical": lambda m: m.diagonal(dim1=-2, dim2=-1).mean(-1),
+    }[family.removeprefix("tied_")](matrices)
+    return part.sum(0, keepdim=True) if family.startswith("tied_") else part
+
+
+def random_covariances(family, n_components, n_features, generator, dtype=torch.float64):
+    """Draw positive definite elements with variances of order one."""
+    a = torch.randn(n_components, n_features, n_features, generator=generator, dtype=torch.float64)
+    matrices = a @ a.mT / n_features + 0.3 * torch.eye(n_features, dtype=torch.float64)
+    share = n_components if family.startswith("tied_") else 1
+    return (restrict(matrices, family) / share).to(dtype)
+
+
+def random_mixture(family, generator, n_components=3, n_features=2, *, spread=2.0, offset=0.0, dtype=torch.float64):
+    """Draw a mixture whose means lie ``spread`` apart, about ``offset``."""
+    covariance = COVARIANCES[family]
+    weights = torch.rand(n_components, generator=generator, dtype=torch.float64) + 0.5
+    means = offset + spread * torch.randn(n_components, n_features, generator=generator, dtype=torch.float64)
+    covariances = random_covariances(family, n_components, n_features, generator, dtype)
+    factor, _ = covariance.factor(covariances.double())
+    parameters = Parameters(weights / weights.sum(), means, factor).to(dtype)
+    return Mixture(parameters, covariance, covariances)
+
+
+def distribution(weights, means, covariances):
+    """Return the mixture as `torch.distributions` has it, from elements of any structure; differentiable."""
+    matrices = dense(covariances, means.shape[-1]).expand(len(means), -1, -1)
+    normals = MultivariateNormal(means, (matrices + matrices.mT) / 2, validate_args=False)
+    return MixtureSameFamily(Categorical(weights, validate_args=False), normals, validate_args=False)
+
+
+def joint(x, weights, means, covariances):
+    """Return log(weight times density) of each component, shape ``(n, K)``, by `torch.distributions`."""
+    components = distribution(weights, means, covariances).component_distribution
+    return weights.log() + components.log_prob(x[:, None])
+
+
+def assert_near(actual, expected, tolerance=1e-13):
+    """Assert equality up to rounding, ``tolerance`` being both relative and absolute."""
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
