@@ -93,10 +93,10 @@ def log_density(x: Tensor, parameters: Parameters, covariance: Covariance) -> Te
 
     Differentiable, also twice. Oracle: ``torch.distributions.MixtureSameFamily``.
     """
-    # inf - inf would give nan: a row at infinity is scored apart, with no gradient.
-    at_infinity = torch.isinf(x).any(-1) & ~torch.isnan(x).any(-1)
-    value = log_joint(torch.where(at_infinity[:, None], 0.0, x), parameters, covariance).logsumexp(-1)
-    return torch.where(at_infinity, -torch.inf, value)
+    # inf - inf would give nan: a row at infinity, or whose square is there, is scored apart and has no gradient.
+    near, usable = _mask_rows(x, mixture_mean(parameters))
+    value = log_joint(near, parameters, covariance).logsumexp(-1)
+    return torch.where(usable, value, torch.where(torch.isnan(x).any(-1), torch.nan, -torch.inf))
 
 
 def whitened_statistics(
