@@ -1,0 +1,181 @@
+"""The laws that the docstring of `Covariance` states, for every structure, against dense matrices."""
+
+import pytest
+import torch
+from oracles import assert_near, dense, random_covariances, restrict
+
+from tgmm_nn.covariance import COVARIANCES, LIFT
+
+K, D = 3, 4
+
+
+@pytest.fixture
+def covariance(family):
+    return COVARIANCES[family]
+
+
+@pytest.fixture
+def elements(family, generator):
+    """Positive definite elements, one per component or one for all."""
+    return random_covariances(family, K, D, generator)
+
+
+@pytest.fixture
+def factor(covariance, elements):
+    factor, exists = covariance.factor(elements)
+    assert exists.all()
+    return factor
+
+
+@pytest.fixture
+def x(generator):
+    return torch.randn(7, D, generator=generator, dtype=torch.float64)
+
+
+def untied(family):
+    return family.removeprefix("tied_")
+
+
+@pytest.mark.parametrize(
+    ("name", "internal", "public", "n_parameters"),
+    [
+        ("full", (3, 4, 4), (3, 4, 4), 30),
+        ("diag", (3, 4), (3, 4), 12),
+        ("spherical", (3,), (3,), 3),
+        ("tied_full", (1, 4, 4), (4, 4), 10),
+        ("tied_diag", (1, 4), (4,), 4),
+        ("tied_spherical", (1,), (), 1),
+    ],
+)
+def test_each_family_has_the_shapes_and_parameters_of_the_table(name, internal, public, n_parameters):
+    covariance = COVARIANCES[name]
+    identity = covariance.identity(K, D)
+    assert (covariance.leading(K), *covariance.shape(D)) == identity.shape == internal
+    assert covariance.public(identity).shape == covariance.public_shape(K, D) == public
+    assert covariance.leading(K) * covariance.n_parameters(D) == n_parameters
+
+
+def test_the_six_families_are_three_structures_tied_or_not(family, covariance):
+    assert covariance.tied == family.startswith("tied_")
+    assert type(covariance) is type(COVARIANCES[untied(family)])
+
+
+def test_internal_undoes_public(covariance, elements):
+    assert torch.equal(covariance.internal(covariance.public(elements)), elements)
+
+
+def test_identity_is_the_unit_matrix_and_its_own_factor(covariance):
+    identity = covariance.identity(K, D)
+    assert torch.equal(dense(identity, D), torch.eye(D).expand(covariance.leading(K), D, D))
+    assert torch.equal(covariance.factor(identity)[0], identity)
+
+
+def test_outer_is_the_element_of_a_matrix_product_and_bilinear(family, covariance, x, generator):
+    a, b, c = x, *torch.randn(2, 7, D, generator=generator, dtype=torch.float64)
+    assert_near(covariance.outer(a, b), restrict(a[:, :, None] * b[:, None, :], untied(family)))
+    assert_near(covariance.outer(a, 2 * b - c), 2 * covariance.outer(a, b) - covariance.outer(a, c))
+    assert_near(covariance.outer(2 * a - c, b), 2 * covariance.outer(a, b) - covariance.outer(c, b))
+
+
+def test_outer_of_a_row_with_itself_has_its_mean_square_as_mean_diagonal(covariance, x):
+    assert_near(covariance.mean_diagonal(covariance.outer(x, x)), x.square().mean(-1))
+
+
+def test_mean_diagonal_is_the_mean_variance(covariance, elements):
+    assert_near(covariance.mean_diagonal(elements), dense(elements, D).diagonal(dim1=-2, dim2=-1).mean(-1))
+
+
+@pytest.mark.parametrize("per_element", [False, True])
+def test_add_to_diagonal_adds_multiples_of_the_identity(covariance, elements, per_element):
+    value = torch.arange(1.0, 1.0 + len(elements)).double() if per_element else 0.5
+    got = dense(covariance.add_to_diagonal(elements, value), D) - dense(elements, D)
+    assert_near(got, torch.as_tensor(value).reshape(-1, 1, 1).double() * torch.eye(D).double().expand_as(got))
+
+
+def test_pool_sums_over_components_where_tied(covariance, x):
+    assert torch.equal(covariance.pool(x), x.sum(0, keepdim=True) if covariance.tied else x)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
+def test_the_square_of_the_root_is_the_covariance_and_of_the_factor_its_inverse(
+    family, covariance, dtype, tolerance, generator
+):
+    elements = random_covariances(family, K, D, generator, dtype)
+    factor, exists = covariance.factor(elements)
+    assert exists.all()
+    assert factor.dtype == dtype
+    assert_near(covariance.square(covariance.root(factor)), elements, tolerance)
+    product = dense(covariance.square(factor), D) @ dense(elements, D)
+    assert_near(product, torch.eye(D, dtype=dtype).expand_as(product), 10 * tolerance)
+
+
+def test_root_is_a_cholesky_factor_and_factor_its_inverse_transposed(covariance, elements, factor):
+    root = dense(covariance.root(factor), D)
+    assert_near(root, torch.linalg.cholesky(dense(elements, D)))
+    assert_near(dense(factor, D).mT @ root, torch.eye(D).double().expand_as(root))
+
+
+def test_apply_multiplies_each_element_with_its_row(covariance, elements, x):
+    assert_near(covariance.apply(elements, x[:K]), (dense(elements, D) @ x[:K, :, None]).squeeze(-1))
+
+
+def test_log_det_is_that_of_the_dense_factor(covariance, elements, factor):
+    assert_near(covariance.log_det(factor, D), -0.5 * torch.logdet(dense(elements, D)))
+
+
+def test_whitened_rows_have_the_mahalanobis_distance_as_squared_length(covariance, elements, factor, x):
+    means = x[:K] + 1.0
+    y = covariance.whiten(x, means, factor)
+    centred = x[:, None] - means
+    distance = (centred * torch.linalg.solve(dense(elements, D), centred[..., None]).squeeze(-1)).sum(-1)
+    assert y.shape == (7, K, D)
+    assert_near(y.square().sum(-1), distance)
+
+
+def test_congruence_gives_whitened_sums_the_units_of_the_data(family, covariance, factor, x, generator):
+    means, r = x[:K] + 1.0, torch.rand(7, K, generator=generator, dtype=torch.float64)
+    y = covariance.whiten(x, means, factor)
+    got = covariance.congruence(covariance.root(factor), covariance.whitened_second(y, r))
+    centred = x[:, None] - means
+    assert_near(got, restrict(torch.einsum("nk,nki,nkj->kij", r, centred, centred), family))
+
+
+def test_features_times_the_dual_of_a_matrix_is_its_quadratic_form(covariance, elements, x):
+    got = covariance.features(x) @ covariance.dual(elements, D).mT
+    assert_near(got, torch.einsum("ni,kij,nj->nk", x, dense(elements, D), x))
+
+
+def test_features_unpack_into_the_outer_product(covariance, x):
+    assert torch.equal(covariance.unpack(covariance.features(x), D), covariance.outer(x, x))
+    assert_near(covariance.unpack(covariance.features(x).sum(0), D), covariance.outer(x, x).sum(0))
+
+
+def test_lift_adds_a_small_fraction_of_the_mean_variance(covariance, elements):
+    got = dense(covariance.lift(elements) - elements, D)
+    lift = LIFT * dense(elements, D).diagonal(dim1=-2, dim2=-1).mean(-1)
+    assert_near(got.diagonal(dim1=-2, dim2=-1), lift[:, None].expand(-1, D), 1e-15)
+
+
+@pytest.mark.parametrize("bad", [-1.0, 0.0, torch.nan])
+def test_matrices_that_are_not_positive_definite_have_no_factor_and_the_others_keep_theirs(
+    covariance, elements, factor, bad
+):
+    mixed = torch.cat([covariance.identity(1, D)[:1].double() * bad, elements])
+    assert covariance.is_positive(mixed).tolist() == [False] + [True] * len(elements)
+    got, exists = covariance.factor(mixed)
+    assert exists.tolist() == [False] + [True] * len(elements)
+    assert_near(got[1:], factor)
+
+
+@pytest.mark.parametrize("name", ["full", "tied_full"])
+def test_an_indefinite_matrix_with_a_positive_diagonal_has_no_factor(name):
+    covariance = COVARIANCES[name]
+    matrix = torch.tensor([[[1.0, 2.0], [2.0, 1.0]]])
+    assert not covariance.is_positive(matrix).any()
+    assert not covariance.factor(matrix)[1].any()
+
+
+def test_structures_are_frozen_and_equal_by_value(covariance):
+    assert covariance == type(covariance)(tied=covariance.tied)
+    with pytest.raises(AttributeError):
+        covariance.tied = False
