@@ -235,7 +235,7 @@ class GaussianMixture(nn.Module):
     def maximize(self, statistics: Statistics) -> None:
         """Set the parameters to the maximisers given the sums (the M-step), and keep the sums as the running ones."""
         self._maximize(statistics)
-        self.running_step_size.fill_(1.0)
+        self.running_step_size.copy_(torch.where(statistics.weight > 0, 1.0, self.running_step_size))
 
     @torch.no_grad()
     def em_step(
@@ -271,10 +271,10 @@ class GaussianMixture(nn.Module):
         batch = self._expect(x, sample_weight)
         if sync:
             batch = batch.unflatten(sum_over_ranks(batch.flatten()))
-        usable = batch.weight > 0
-        total = batch if step_size is None else batch.merge(self._decayed(step_size, batch.weight))
-        self._maximize(total)
-        rho = batch.weight.new_ones(1) if step_size is None else torch.as_tensor(step_size).to(batch.weight).reshape(1)
+        wide, usable = batch.weight, batch.weight > 0
+        # In the dtype of the sums: a share of 0.3 in float32 is off by 1e-8, and the next step multiplies by it.
+        rho = torch.as_tensor(1.0 if step_size is None else step_size, dtype=wide.dtype, device=wide.device).reshape(1)
+        self._maximize(batch if step_size is None else batch.merge(self._decayed(rho, batch.weight)))
         self.running_step_size.copy_(torch.where(usable, rho, self.running_step_size))
         self.n_updates.add_(usable)
         self.n_skipped.add_(batch.skipped.to(torch.int64))
@@ -495,8 +495,8 @@ class GaussianMixture(nn.Module):
         """Return the parameters of a fresh layer in the dtype of the sums."""
         k, d, like = self.n_components, self.n_features, self.running_second
         return Parameters(
-            torch.full((k,), 1.0 / k).to(like),
-            torch.zeros(k, d).to(like),
+            like.new_full((k,), 1.0 / k),
+            like.new_zeros(k, d),
             self.covariance.identity(k, d).to(like),
         )
 
@@ -539,17 +539,18 @@ class GaussianMixture(nn.Module):
         self._write(
             functional.maximize(statistics, self._snapshot(), self.covariance, self.reg_covar, self.reg_covar_relative)
         )
-        kept = self._running().about(statistics.origin)
+        kept = self._running()
         self._keep(
             statistics._replace(
                 count=torch.where(usable, statistics.count, kept.count),
                 first=torch.where(usable, statistics.first, kept.first),
                 second=torch.where(usable, statistics.second, kept.second),
+                origin=torch.where(usable, statistics.origin, kept.origin),
             )
         )
         self.fitted.copy_(torch.maximum(self.fitted, usable.to(torch.int64)))
 
-    def _decayed(self, step_size: float | Tensor, weight: Tensor) -> Statistics:
+    def _decayed(self, step_size: Tensor, weight: Tensor) -> Statistics:
         """Return the running sums times γ; with no batch before, they count as one batch like this."""
         previous = torch.where(self.running_step_size > 0, self.running_step_size, weight)
         gamma = (previous * (1.0 / step_size - 1.0)).sum()
@@ -573,7 +574,7 @@ class GaussianMixture(nn.Module):
             value = functional.map_rows(
                 lambda part: function(part, parameters, self.covariance), rows, parameters, chunk_size=self.chunk_size
             )
-        return value.reshape(*x.shape[:-1], *value.shape[1:])
+        return value.reshape(x.shape[:-1] + value.shape[1:])
 
     def _rows(self, x: Tensor) -> Tensor:
         """Return ``x`` as rows ``(n, d)`` in the wider of its dtype and the mixture's."""
