@@ -1,10 +1,12 @@
 """What the tests compare with, written without the package's own algebra: dense matrices and `torch.distributions`."""
 
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
+from tgmm_nn import GaussianMixture
 from tgmm_nn.covariance import COVARIANCES, Covariance
 from tgmm_nn.functional import Parameters
 
@@ -59,6 +61,13 @@ def random_mixture(family, generator, n_components=3, n_features=2, *, spread=2.
     return Mixture(parameters, covariance, covariances)
 
 
+def random_layer(family, generator, n_components=3, n_features=2, *, dtype=torch.float64, offset=0.0, **options):
+    """Return a layer that was set to a random mixture."""
+    mixture = random_mixture(family, generator, n_components, n_features, offset=offset)
+    gmm = GaussianMixture(n_components, n_features, family, dtype=dtype, **options)
+    return gmm.set_parameters(*mixture.public)
+
+
 def distribution(weights, means, covariances):
     """Return the mixture as `torch.distributions` has it, from elements of any structure; differentiable."""
     matrices = dense(covariances, means.shape[-1]).expand(len(means), -1, -1)
@@ -75,3 +84,25 @@ def joint(x, weights, means, covariances):
 def assert_near(actual, expected, tolerance=1e-13):
     """Assert equality up to rounding, ``tolerance`` being both relative and absolute."""
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def copy_of_buffers(module):
+    """Return the buffers as they are now."""
+    return {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+
+def assert_same_buffers(module, expected, *, but=()):
+    """Assert bitwise equality with `copy_of_buffers`, nan equal to nan."""
+    for name, buffer in module.named_buffers():
+        if name not in but:
+            torch.testing.assert_close(
+                buffer, expected[name], rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@contextmanager
+def unchanged(module):
+    """Assert that the block leaves every buffer as it was."""
+    before = copy_of_buffers(module)
+    yield
+    assert_same_buffers(module, before)

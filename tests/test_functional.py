@@ -210,6 +210,17 @@ def test_sums_of_no_rows_are_zero(family, moments, generator):
     assert torch.isnan(sums.mean_log_likelihood)
 
 
+@FORMS
+def test_the_e_step_and_the_m_step_need_no_value_on_the_host(family, moments, generator):
+    """On a device that holds no values every look at one raises."""
+    mixture = random_mixture(family, generator)
+    parameters, x = Parameters(*(p.to("meta") for p in mixture.parameters)), torch.empty(30, 2, device="meta").double()
+    sums = functional.expectation(x, parameters, mixture.covariance, moments=moments, chunk_size=7)
+    new = functional.maximize(sums, parameters, mixture.covariance, 1e-3, reg_covar_relative=True)
+    assert [p.shape for p in new] == [p.shape for p in mixture.parameters]
+    assert functional.log_density(x, new, mixture.covariance).shape == (30,)
+
+
 def test_hard_statistics_are_the_sums_of_each_group(family, generator):
     covariance = random_mixture(family, generator).covariance
     x, labels = torch.randn(40, 2, generator=generator).double(), torch.randint(3, (40,), generator=generator)

@@ -1,0 +1,236 @@
+"""The layer as a PyTorch module: its buffers through casts, copies, checkpoints and compilation."""
+
+import copy
+import io
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from oracles import assert_near, assert_same_buffers, copy_of_buffers, random_layer, unchanged
+from torch import nn
+
+from tgmm_nn import GaussianMixture
+
+PARAMETERS = {"weights_", "means_", "factor_"}
+COUNTERS = {"n_iter", "n_updates", "n_skipped", "fitted", "converged"}
+
+
+@pytest.fixture
+def layer(family, generator):
+    """Make layers of one family, set to random mixtures of 3 components in 2 features."""
+    return partial(random_layer, family, generator, dtype=torch.float32)
+
+
+@pytest.fixture
+def x(generator):
+    return 2 * torch.randn(40, 2, generator=generator)
+
+
+def through_a_file(state):
+    """Return a state as `torch.load` with ``weights_only=True`` reads it."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+# -------------------------------------------------------------------------------------------------- the buffers
+
+
+def test_no_buffer_is_boolean_and_none_has_no_dimension(layer):
+    """Averaging callbacks subtract buffers, and compiled code drops writes to float64 of no dimension."""
+    for name, buffer in layer().named_buffers():
+        assert buffer.dtype == (
+            torch.int64 if name in COUNTERS else torch.float32 if name in PARAMETERS else torch.float64
+        )
+        assert buffer.ndim > 0
+
+
+def test_all_that_is_learned_is_a_persistent_buffer_and_nothing_is_a_parameter(layer):
+    gmm = layer()
+    assert not list(gmm.parameters())
+    assert {*gmm.state_dict()} == {*dict(gmm.named_buffers()), "_extra_state"}
+
+
+@pytest.mark.parametrize(
+    ("cast", "parameters"),
+    [
+        (nn.Module.half, torch.float32),
+        (nn.Module.bfloat16, torch.float32),
+        (nn.Module.float, torch.float32),
+        (nn.Module.double, torch.float64),
+        (partial(nn.Module.to, dtype=torch.float16), torch.float32),
+        (partial(nn.Module.to, dtype=torch.float64), torch.float64),
+    ],
+    ids=["half", "bfloat16", "float", "double", "to half", "to double"],
+)
+def test_casts_keep_parameters_at_least_float32_and_sums_float64(layer, x, cast, parameters):
+    gmm = layer()
+    gmm.em_step(x)
+    before = copy_of_buffers(gmm)
+    cast(nn.Sequential(gmm))
+    for name, buffer in gmm.named_buffers():
+        assert buffer.dtype == (parameters if name in PARAMETERS else before[name].dtype)
+        torch.testing.assert_close(buffer, before[name].to(buffer.dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_narrowing_a_float64_layer_rounds_parameters_and_keeps_sums(layer, x):
+    gmm = layer(dtype=torch.float64)
+    before = copy_of_buffers(gmm)
+    gmm.half()
+    for name, buffer in gmm.named_buffers():
+        if name in PARAMETERS:
+            assert buffer.dtype == torch.float32
+        torch.testing.assert_close(buffer, before[name].to(buffer.dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_buffers_stay_the_same_tensors_whatever_is_written(layer, x):
+    """An assignment in place of a copy breaks data parallelism, compiled code and inference mode."""
+    gmm, other = layer(), layer()
+    where = {name: buffer.data_ptr() for name, buffer in gmm.named_buffers()}
+    gmm.em_step(x)
+    gmm.em_step(x, step_size=0.5)
+    gmm.initialize(x)
+    gmm.max_iter, gmm.tol = 2, 1e9
+    gmm.fit(x)
+    gmm.set_parameters(gmm.weights_, gmm.means_, gmm.covariances_)
+    gmm.load_state_dict(other.state_dict())
+    gmm.reset_parameters()
+    assert {name: buffer.data_ptr() for name, buffer in gmm.named_buffers()} == where
+
+
+def test_buffers_written_in_inference_mode_serve_autograd_afterwards(layer, x):
+    gmm = layer()
+    with torch.inference_mode():
+        gmm.em_step(x)
+    x.requires_grad_()
+    gmm(x).sum().backward()
+    assert torch.isfinite(x.grad).all()
+
+
+# -------------------------------------------------------------------------------------------- copies, checkpoints
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_copy_has_the_state_and_shares_no_memory(layer, x, copied):
+    gmm = layer(max_iter=3, tol=1e9).fit(x.requires_grad_())
+    gmm.em_step(x * 2)
+    twin = copied(gmm)
+    assert_same_buffers(twin, copy_of_buffers(gmm))
+    assert (twin.history_, repr(twin)) == (gmm.history_, repr(gmm))
+    with unchanged(gmm):
+        twin.em_step(x)
+        assert not torch.equal(twin.means_, gmm.means_)
+
+
+@pytest.mark.parametrize("through", [lambda s: s, through_a_file], ids=["in memory", "by a file"])
+def test_a_parent_module_carries_the_mixture_in_its_state(family, layer, x, through):
+    gmm = layer(tol=1e9)
+    gmm.fit(x)
+    gmm.em_step(x[:20], step_size=0.3)
+    net, other = (
+        nn.ModuleDict({"encoder": nn.Linear(2, 2), "density": m}) for m in (gmm, GaussianMixture(3, 2, family))
+    )
+    keys = other.load_state_dict(through(net.state_dict()))
+    assert (keys.missing_keys, keys.unexpected_keys) == ([], [])
+    assert_same_buffers(other, copy_of_buffers(net))
+    assert other["density"].history_ == gmm.history_
+    for attribute in ("fitted_", "converged_", "n_iter_", "lower_bound_", "objective_"):
+        assert getattr(other["density"], attribute) == getattr(gmm, attribute)
+
+
+@pytest.mark.parametrize("step_size", [None, 0.3])
+def test_em_goes_on_after_a_reload_bit_for_bit(family, layer, x, step_size):
+    gmm, other = layer(), GaussianMixture(3, 2, family)
+    gmm.em_step(x, step_size=0.5)
+    other.load_state_dict(through_a_file(gmm.state_dict()))
+    for batch in x.split(15):
+        gmm.em_step(batch, step_size=step_size)
+        other.em_step(batch, step_size=step_size)
+    assert_same_buffers(other, copy_of_buffers(gmm))
+
+
+def test_a_loaded_state_is_not_shared(family, layer, x):
+    gmm, other = layer(), GaussianMixture(3, 2, family)
+    other.load_state_dict(gmm.state_dict())
+    with unchanged(gmm):
+        other.em_step(x)
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
+@pytest.mark.parametrize("within", [False, True], ids=["alone", "within a parent"])
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        ((3, 2, "diag"), "Expected the state of a GaussianMixture with .*'full'.*, but got one with .*'diag'"),
+        ((3, 2, "tied_full"), "with .*'covariance_type': 'full'.*, but got one with .*'tied_full'"),
+        ((4, 2, "full"), "with .*'n_components': 3.*, but got one with .*'n_components': 4"),
+        ((3, 5, "full"), "with .*'n_features': 2.*, but got one with .*'n_features': 5.*; build the layer with these"),
+    ],
+)
+def test_loading_another_mixture_raises_one_error_and_changes_nothing(theirs, message, within, strict, generator, x):
+    gmm, other = random_layer("full", generator), GaussianMixture(*theirs)
+    gmm.history_ = [1.0]
+    ours, theirs = (nn.Sequential(gmm), nn.Sequential(other)) if within else (gmm, other)
+    with unchanged(ours), pytest.raises(RuntimeError, match=message) as error:
+        ours.load_state_dict(theirs.state_dict(), strict=strict)
+    assert str(error.value).count("Expected") == 1
+    assert "size mismatch" not in str(error.value)
+    assert gmm.history_ == [1.0]
+
+
+def test_families_that_agree_in_every_shape_are_still_told_apart(generator):
+    """With one component, tied or not is the same shape."""
+    gmm = random_layer("full", generator, n_components=1)
+    with unchanged(gmm), pytest.raises(RuntimeError, match=r"but got one with .*'tied_full'"):
+        gmm.load_state_dict(random_layer("tied_full", generator, n_components=1).state_dict())
+
+
+def test_buffers_of_another_shape_without_options_raise_and_change_nothing(generator):
+    gmm, state = random_layer("full", generator), random_layer("full", generator, n_components=4).state_dict()
+    del state["_extra_state"]
+    with unchanged(gmm), pytest.raises(RuntimeError, match=r"Expected `weights_` of shape \(3,\), but got \(4,\)"):
+        gmm.load_state_dict(state, strict=False)
+
+
+def test_a_missing_buffer_is_missed(generator):
+    gmm, state = random_layer("full", generator), random_layer("full", generator).state_dict()
+    del state["means_"]
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "means_"'):
+        gmm.load_state_dict(state)
+
+
+# --------------------------------------------------------------------------------------------------- compilation
+
+
+@pytest.mark.parametrize("covariance_type", ["full", "tied_diag", "spherical"])
+def test_the_compiled_density_is_the_eager_one(covariance_type, generator, x):
+    torch._dynamo.reset()
+    gmm = random_layer(covariance_type, generator, dtype=torch.float32)
+    compiled = torch.compile(gmm, fullgraph=True, backend="aot_eager")
+    assert_near(compiled(x), gmm(x), 1e-6)
+    gradients = [torch.autograd.grad(f(y).sum(), y)[0] for f in (compiled, gmm) for y in [x.clone().requires_grad_()]]
+    assert_near(*gradients, 1e-5)
+
+
+@pytest.mark.parametrize("step_size", [None, 0.5, torch.tensor(0.3)], ids=["exact", "number", "tensor"])
+@pytest.mark.parametrize("covariance_type", ["full", "tied_diag", "spherical"])
+def test_three_compiled_updates_are_three_eager_ones(covariance_type, step_size, generator, x):
+    """One would not show a write that compiled code drops."""
+    torch._dynamo.reset()
+    gmm = random_layer(covariance_type, generator, dtype=torch.float32)
+    twin = copy.deepcopy(gmm)
+    step = torch.compile(gmm.em_step, fullgraph=True, backend="aot_eager")
+    for batch in (x[:20], x[20:], x[10:30]):
+        assert_near(step(batch, step_size=step_size), twin.em_step(batch, step_size=step_size), 1e-6)
+    for name, buffer in gmm.named_buffers():
+        expected = getattr(twin, name)
+        torch.testing.assert_close(buffer, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert gmm.n_updates.item() == 3
+
+
+def test_the_density_can_be_exported(layer, x):
+    gmm = layer()
+    exported = torch.export.export(gmm, (x,)).module()
+    assert_near(exported(x), gmm(x), 1e-6)
