@@ -1,0 +1,270 @@
+"""`fit`: EM to convergence, against scikit-learn and against the layer's own density."""
+
+import copy
+import pickle
+import random
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from oracles import assert_near, assert_same_buffers, copy_of_buffers, random_layer, unchanged
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import GaussianMixture as SklearnGaussianMixture
+
+from tgmm_nn import GaussianMixture
+
+SKLEARN = {"full": "full", "diag": "diag", "spherical": "spherical", "tied_full": "tied"}
+TO_THE_END = pytest.mark.filterwarnings("ignore:EM did not converge:UserWarning")
+
+
+@pytest.fixture
+def clusters(generator):
+    """Three overlapping clusters of 100 rows each, of different shape."""
+    z = torch.randn(3, 100, 2, generator=generator, dtype=torch.float64)
+    z[1] = z[1] * torch.tensor([2.0, 0.5]) + torch.tensor([4.0, 0.0])
+    z[2] = z[2] @ torch.tensor([[1.0, 0.8], [0.0, 0.6]]).double() + torch.tensor([2.0, 3.0])
+    return z.reshape(-1, 2)
+
+
+def parameters_of(gmm):
+    return gmm.weights_, gmm.means_, gmm.covariances_
+
+
+def sklearn_from(gmm, x, n_iter):
+    """Return what scikit-learn has after ``n_iter`` steps from the layer's parameters."""
+    precisions = (
+        torch.linalg.inv(gmm.covariances_)
+        if gmm.covariances_.ndim > 1 and gmm.covariance_type != "diag"
+        else 1 / gmm.covariances_
+    )
+    model = SklearnGaussianMixture(
+        gmm.n_components,
+        covariance_type=SKLEARN[gmm.covariance_type],
+        weights_init=gmm.weights_.numpy(),
+        means_init=gmm.means_.numpy(),
+        precisions_init=precisions.numpy(),
+        max_iter=n_iter,
+        tol=0.0,
+        reg_covar=gmm.reg_covar,
+    )
+    with pytest.warns(ConvergenceWarning):
+        model.fit(x.numpy())
+    return model
+
+
+# -------------------------------------------------------------------------------------------------- scikit-learn
+
+
+@pytest.mark.parametrize("reg_covar", [0.0, 1e-2])
+@pytest.mark.parametrize("family", SKLEARN)
+def test_25_steps_are_those_of_scikit_learn(family, reg_covar, clusters, generator):
+    gmm = random_layer(family, generator, reg_covar=reg_covar)
+    oracle = sklearn_from(gmm, clusters, 25)
+    for _ in range(25):
+        gmm.em_step(clusters)
+    expected = (oracle.weights_, oracle.means_, oracle.covariances_)
+    assert_near(parameters_of(gmm), tuple(map(torch.from_numpy, expected)), 1e-12)
+    assert_near(gmm(clusters), torch.from_numpy(oracle.score_samples(clusters.numpy())), 1e-12)
+    assert_near(gmm.predict_proba(clusters), torch.from_numpy(oracle.predict_proba(clusters.numpy())), 1e-12)
+
+
+@TO_THE_END
+@pytest.mark.parametrize("family", SKLEARN)
+def test_fit_of_25_iterations_is_that_of_scikit_learn(family, clusters):
+    options = {"random_state": 0, "dtype": torch.float64}
+    start = GaussianMixture(3, 2, family, **options).initialize(clusters)
+    oracle = sklearn_from(start, clusters, 25)
+    gmm = GaussianMixture(3, 2, family, max_iter=25, tol=0.0, **options).fit(clusters)
+    expected = (oracle.weights_, oracle.means_, oracle.covariances_)
+    assert_near(parameters_of(gmm), tuple(map(torch.from_numpy, expected)), 1e-12)
+    assert gmm.n_iter_ == 25
+    assert gmm.n_parameters == oracle._n_parameters()
+
+
+# -------------------------------------------------------------------------------------------------- convergence
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_history_never_falls_without_regularisation(family, dtype, clusters):
+    gmm = GaussianMixture(3, 2, family, reg_covar=0.0, tol=1e-6, max_iter=500, dtype=dtype).fit(clusters.to(dtype))
+    change = torch.tensor(gmm.history_).double().diff()
+    assert (change > -(1e-13 if dtype == torch.float64 else 1e-6)).all()
+    assert gmm.history_[-1] > gmm.history_[0] + 1e-4
+
+
+def test_what_fit_reports_is_true_of_the_final_parameters(family, clusters):
+    gmm = GaussianMixture(3, 2, family, tol=1e-5, max_iter=500, dtype=torch.float64).fit(clusters)
+    assert gmm.lower_bound_ == gmm.objective_ == gmm.history_[-1]
+    assert gmm.lower_bound_ == pytest.approx(gmm.score(clusters), abs=1e-13)
+    assert gmm.n_iter_ == len(gmm.history_) - 1
+    assert gmm.converged_
+    assert gmm.fitted_
+    *_, before, last = gmm.history_
+    assert abs(last - before) < 1e-5
+    assert (abs(np.diff(gmm.history_[:-1])) >= 1e-5).all()
+
+
+@TO_THE_END
+def test_a_fit_that_was_cut_short_is_fewer_steps_of_the_same_path(family, clusters):
+    gmm = partial(GaussianMixture, 3, 2, family, tol=0.0, random_state=0, dtype=torch.float64)
+    long, short = gmm(max_iter=9).fit(clusters), gmm(max_iter=4).fit(clusters)
+    assert short.history_ == long.history_[:5]
+    assert (short.n_iter_, long.n_iter_) == (4, 9)
+    stepped = gmm(max_iter=4).initialize(clusters)
+    for _ in range(4):
+        stepped.em_step(clusters)
+    assert_near(parameters_of(short), parameters_of(stepped), 1e-12)
+
+
+def test_a_fit_that_does_not_converge_warns_and_says_so(clusters):
+    gmm = GaussianMixture(3, 2, max_iter=2, tol=1e-9)
+    message = (
+        r"EM did not converge in max_iter=2 iterations \(last change of the mean log-likelihood: .*, tol=1e-09\); "
+    )
+    with pytest.warns(UserWarning, match=message):
+        gmm.fit(clusters)
+    assert not gmm.converged_
+    assert gmm.n_iter_ == 2
+    gmm.tol = 1e9
+    assert gmm.fit(clusters).converged_
+    assert gmm.n_iter_ == 1
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_other_units_take_as_many_iterations_to_the_same_partition(family, scale, clusters):
+    gmm = partial(GaussianMixture, 3, 2, family, reg_covar_relative=True, random_state=0, dtype=torch.float64)
+    one, other = gmm().fit(clusters), gmm().fit(clusters * scale)
+    assert one.n_iter_ == other.n_iter_
+    assert_near(one.predict_proba(clusters), other.predict_proba(clusters * scale), 1e-12)
+
+
+# ----------------------------------------------------------------------------------------- starts and randomness
+
+
+@TO_THE_END
+def test_the_best_of_n_init_starts_is_kept(family, clusters):
+    options = {"init_means": "random", "max_iter": 3, "tol": 0.0, "dtype": torch.float64}
+    best = GaussianMixture(3, 2, family, n_init=4, random_state=5, **options).fit(clusters)
+    generator, scores = torch.Generator().manual_seed(5), []
+    for _ in range(4):
+        one = GaussianMixture(3, 2, family, **options)
+        one._generator = lambda: generator
+        scores.append(one.fit(clusters).objective_)
+    assert len({round(score, 6) for score in scores}) > 1
+    assert best.objective_ == max(scores)
+
+
+@pytest.mark.parametrize("init_means", ["kmeans", "random"])
+def test_a_seed_decides_the_fit(family, init_means, clusters):
+    options = {"init_means": init_means, "n_init": 2, "max_iter": 500}
+    one, same = (GaussianMixture(3, 2, family, random_state=3, **options).fit(clusters) for _ in range(2))
+    assert_same_buffers(one, copy_of_buffers(same))
+    assert one.history_ == same.history_
+
+
+def test_without_random_state_the_seed_of_torch_decides(clusters):
+    def means(seed, random_state=None):
+        torch.manual_seed(seed)
+        torch.rand(seed + 1)  # the seed counts, not how far the generator has gone
+        return GaussianMixture(3, 2, init_means="random", random_state=random_state).initialize(clusters).means_
+
+    assert torch.equal(means(0), means(0))
+    assert not torch.equal(means(0), means(1))
+    assert torch.equal(means(0), means(1, random_state=0))
+
+
+@pytest.mark.parametrize("init_means", ["kmeans", "random"])
+@pytest.mark.parametrize("method", ["fit", "initialize"])
+def test_global_generators_are_neither_seeded_nor_advanced(method, init_means, clusters):
+    states = [torch.get_rng_state(), pickle.dumps(np.random.get_state()), random.getstate()]  # noqa: NPY002
+    getattr(GaussianMixture(3, 2, init_means=init_means), method)(clusters)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert [pickle.dumps(np.random.get_state()), random.getstate()] == states[1:]  # noqa: NPY002
+
+
+@pytest.mark.parametrize("init_means", ["kmeans", "random"])
+def test_the_order_of_rows_does_not_matter(family, init_means, clusters, generator):
+    gmm = partial(GaussianMixture, 3, 2, family, init_means=init_means, tol=1e-6, max_iter=500, dtype=torch.float64)
+    shuffled = clusters[torch.randperm(len(clusters), generator=generator)]
+    one, other = gmm().fit(clusters), gmm().fit(shuffled)
+    assert one.n_iter_ == other.n_iter_
+    assert_near(parameters_of(one), parameters_of(other), 1e-12)
+
+
+# -------------------------------------------------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
+def test_narrow_data_are_fitted_in_float32(family, dtype, clusters):
+    x = (4 * clusters).to(dtype)
+    one, other = (GaussianMixture(3, 2, family, max_iter=500).fit(rows) for rows in (x, x.float()))
+    assert one.means_.dtype == torch.float32
+    assert_same_buffers(one, copy_of_buffers(other))
+
+
+@TO_THE_END
+@pytest.mark.parametrize(("offset", "tolerance"), [(0.0, 5e-5), (1e3, 2e-4), (1e5, 2e-2)])
+def test_a_float32_fit_agrees_with_float64_to_the_rounding_of_the_data(family, offset, tolerance, clusters):
+    """Also far from zero, where sums about zero would have lost the variances altogether."""
+    x = (clusters + offset).float()
+    options = {"random_state": 0, "reg_covar": 0.0, "max_iter": 20, "tol": 0.0}
+    one, other = (GaussianMixture(3, 2, family, dtype=t, **options).fit(x) for t in (torch.float32, torch.float64))
+    torch.testing.assert_close(one.covariances_.double(), other.covariances_, rtol=0, atol=tolerance)
+    torch.testing.assert_close(one.means_.double(), other.means_, rtol=0, atol=tolerance)
+    assert one.lower_bound_ == pytest.approx(other.lower_bound_, abs=tolerance)
+
+
+def test_fit_needs_no_graph_and_leaves_none(family, clusters):
+    x = clusters.clone().requires_grad_()
+    gmm = GaussianMixture(3, 2, family, max_iter=500).fit(x * 1)
+    assert not any(buffer.requires_grad for buffer in gmm.buffers())
+    assert x.grad is None
+    assert_same_buffers(copy.deepcopy(gmm), copy_of_buffers(pickle.loads(pickle.dumps(gmm))))
+
+
+def test_fit_predict_is_predict_after_fit(clusters):
+    gmm = GaussianMixture(3, 2)
+    assert torch.equal(gmm.fit_predict(clusters), gmm.predict(clusters))
+
+
+def test_fit_does_not_depend_on_the_chunk_size(family, clusters):
+    gmm = partial(GaussianMixture, 3, 2, family, max_iter=500, dtype=torch.float64)
+    assert_near(parameters_of(gmm(chunk_size=7).fit(clusters)), parameters_of(gmm().fit(clusters)), 1e-12)
+
+
+@TO_THE_END
+@pytest.mark.parametrize("reg_covar", [0.0, 1e-6])
+@pytest.mark.parametrize("data", ["one point", "duplicates", "a constant feature", "as many rows as components"])
+def test_degenerate_data_leave_the_layer_finite(family, data, reg_covar, clusters):
+    x = {
+        "one point": torch.ones(20, 2),
+        "duplicates": torch.tensor([[0.0, 0.0], [1.0, 2.0]]).repeat(10, 1),
+        "a constant feature": torch.cat([clusters[:, :1].float(), torch.ones(300, 1)], 1),
+        "as many rows as components": clusters[:3].float(),
+    }[data]
+    gmm = GaussianMixture(3, 2, family, reg_covar=reg_covar).fit(x)
+    for buffer in gmm.buffers():
+        assert torch.isfinite(buffer).all()
+    assert gmm.weights_.sum().item() == pytest.approx(1.0, abs=1e-6)
+    assert torch.isfinite(gmm(x)).all()
+
+
+@pytest.mark.parametrize("method", ["fit", "initialize", "fit_predict"])
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(0, 2), "Expected `x` with at least n_components=3 rows, but got 0"),
+        (torch.randn(2, 2), "Expected `x` with at least n_components=3 rows, but got 2"),
+        (torch.randn(4, 5, 2), r"Expected `x` of shape \(n, 2\), but got \(4, 5, 2\)"),
+        (torch.tensor([[0.0, 1.0]] * 4 + [[torch.nan, 0.0]]), "`x` to be finite, but 1 of 5 rows hold nan or infinity"),
+        (
+            torch.tensor([[0.0, 1.0]] * 3 + [[torch.inf, 0.0]] * 2),
+            "`x` to be finite, but 2 of 5 rows hold nan or infin",
+        ),
+    ],
+)
+def test_data_that_cannot_be_fitted_raise_and_change_nothing(method, x, message, generator):
+    gmm = random_layer("full", generator)
+    with unchanged(gmm), pytest.raises(ValueError, match=message):
+        getattr(gmm, method)(x)
