@@ -21,6 +21,7 @@ __all__ = [
     "check_rows",
     "check_sample_weight",
     "check_step_size",
+    "check_string",
     "check_symmetric",
     "check_weights",
 ]
@@ -62,6 +63,12 @@ def check_bool(name: str, value: Any) -> None:
     """Raise unless ``value`` is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"Expected `{name}` to be True or False, but got {value!r} ({type(value).__name__}).")
+
+
+def check_string(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a string with something in it."""
+    if not isinstance(value, str) or not value:
+        raise TypeError(f"Expected `{name}` to be a non-empty string, but got {value!r} ({type(value).__name__}).")
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:

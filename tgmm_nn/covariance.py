@@ -73,6 +73,10 @@ class Covariance(ABC):
         """Return elements plus ``value`` times the identity; ``value`` is a number or one per element."""
 
     @abstractmethod
+    def matrix(self, element: Tensor, n_features: int) -> Tensor:
+        """Return elements as d × d matrices, shape ``(..., d, d)``."""
+
+    @abstractmethod
     def is_positive(self, covariance: Tensor) -> Tensor:
         """Return which covariances are positive definite, one boolean per element."""
 
@@ -174,6 +178,9 @@ class Full(Covariance):
         eye = torch.eye(element.shape[-1], dtype=element.dtype, device=element.device)
         return element + (value[..., None, None] if isinstance(value, Tensor) else value) * eye
 
+    def matrix(self, element: Tensor, n_features: int) -> Tensor:
+        return element
+
     def is_positive(self, covariance: Tensor) -> Tensor:
         return torch.linalg.cholesky_ex(covariance).info == 0
 
@@ -247,6 +254,9 @@ class Diagonal(Covariance):
     def add_to_diagonal(self, element: Tensor, value: float | Tensor) -> Tensor:
         return element + (value[..., None] if isinstance(value, Tensor) else value)
 
+    def matrix(self, element: Tensor, n_features: int) -> Tensor:
+        return torch.diag_embed(element)
+
     def is_positive(self, covariance: Tensor) -> Tensor:
         return (covariance > 0).all(-1)
 
@@ -302,6 +312,9 @@ class Spherical(Covariance):
 
     def add_to_diagonal(self, element: Tensor, value: float | Tensor) -> Tensor:
         return element + value
+
+    def matrix(self, element: Tensor, n_features: int) -> Tensor:
+        return element[..., None, None] * torch.eye(n_features, dtype=element.dtype, device=element.device)
 
     def is_positive(self, covariance: Tensor) -> Tensor:
         return covariance > 0

@@ -384,6 +384,11 @@ class GaussianMixture(nn.Module):
         root = self.covariance.root(self.factor_.to(self.running_second.dtype))
         return self.covariance.public(self.covariance.square(root)).to(self.factor_.dtype)
 
+    def covariance_matrices(self) -> Tensor:
+        """Return every component's covariance as a matrix, whatever the family, shape ``(K, d, d)``."""
+        elements = self.covariance.internal(self.covariances_)
+        return self.covariance.matrix(elements, self.n_features).expand(self.n_components, -1, -1)
+
     @property
     def fitted_(self) -> bool:
         """Whether the parameters were set: by `fit`, `initialize`, `set_parameters`, `maximize` or `em_step`."""

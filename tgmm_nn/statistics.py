@@ -58,7 +58,7 @@ class Statistics(NamedTuple):
         (tensor([2., 1.], dtype=torch.float64), tensor([ 4., 25.], dtype=torch.float64))
     """
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which sums have no use for
     first: Tensor
     second: Tensor
     log_likelihood: Tensor

@@ -1,0 +1,357 @@
+"""EMCallback: when it updates, what it sees, and that nothing else changes. Oracle: the same EM steps made by hand."""
+
+import copy
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from toy import Toy, loader, rows, state, trainer
+
+from tgmm_nn import GaussianMixture
+from tgmm_nn.lightning import EMCallback
+from tgmm_nn.schedules import PolynomialDecay
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec."),
+    pytest.mark.filterwarnings("ignore:.*Trainer already configured with model summary"),
+    pytest.mark.filterwarnings("ignore:.*GPU available but not used"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+]
+
+
+def started(**options):
+    """A module whose mixture is set, so that updates begin with the first batch."""
+    model = Toy(**options)
+    model.gmm.set_parameters([0.5, 0.3, 0.2], torch.randn(3, 2), torch.eye(2).expand(3, 2, 2))
+    return model
+
+
+def assert_same_state(a, b):
+    for name, buffer in a.items():
+        torch.testing.assert_close(buffer, b[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+# ------------------------------------------------------------------------------------------------- updates
+
+
+@pytest.mark.parametrize("step_size", [None, 0.05])
+@pytest.mark.parametrize("source", ["encoder", "outputs:z"])
+def test_minibatch_mode_makes_one_stepwise_update_per_batch(step_size, source):
+    model = started()
+    by_hand = copy.deepcopy(model.gmm)
+    trainer(EMCallback("gmm", source, step_size=step_size, decay=0.7, offset=2.0)).fit(model, loader())
+    assert len(model.seen) == 10
+    for t, z in enumerate(model.seen):
+        by_hand.em_step(z, step_size=step_size or PolynomialDecay(0.7, 2.0)(t))
+    for name, buffer in by_hand.named_buffers():
+        torch.testing.assert_close(getattr(model.gmm, name), buffer, equal_nan=True)
+
+
+@pytest.mark.parametrize("n_iterations", [1, 3])
+def test_full_mode_makes_exact_em_steps_on_the_rows_of_each_epoch(n_iterations):
+    model = started()
+    by_hand = copy.deepcopy(model.gmm)
+    trainer(EMCallback(mode="full", n_iterations=n_iterations)).fit(model, loader())
+    for epoch in (0, 1):
+        for _ in range(n_iterations):
+            by_hand.em_step(torch.cat(model.seen[5 * epoch : 5 * epoch + 5]))
+    assert_same_state(state(model.gmm), state(by_hand))
+
+
+@pytest.mark.parametrize("mode", ["minibatch", "full"])
+def test_a_fresh_mixture_starts_on_the_rows_of_the_chosen_epoch(mode):
+    model = Toy()
+    by_hand = copy.deepcopy(model.gmm)
+    trainer(EMCallback(mode=mode, start_epoch=1), max_epochs=2).fit(model, loader())
+    by_hand.initialize(torch.cat(model.seen[5:]))
+    if mode == "full":
+        by_hand.em_step(torch.cat(model.seen[5:]))
+    assert_same_state(state(model.gmm), state(by_hand))
+
+
+def test_a_fresh_mixture_starts_as_soon_as_enough_rows_were_seen():
+    model = Toy()
+    by_hand = copy.deepcopy(model.gmm)
+    trainer(EMCallback(init_samples=25, step_size=0.1), max_epochs=1).fit(model, loader())
+    by_hand.initialize(torch.cat(model.seen[:3]))
+    for z in model.seen[3:]:
+        by_hand.em_step(z, step_size=0.1)
+    assert_same_state(state(model.gmm), state(by_hand))
+
+
+def test_nothing_is_updated_before_the_start_epoch():
+    model = started()
+    before = state(model.gmm)
+    trainer(EMCallback(start_epoch=2), max_epochs=2).fit(model, loader())
+    assert_same_state(state(model.gmm), before)
+
+
+def test_rows_that_are_not_finite_neither_start_nor_move_a_mixture():
+    x = rows()
+    x[::7] = torch.nan
+    model = Toy()
+
+    def skip(batch, batch_idx):
+        model.seen.append(model.encoder(batch[0]).detach())
+        return {"loss": model.encoder.weight.square().sum()}
+
+    model.training_step = skip
+    trainer(EMCallback(), max_epochs=2).fit(model, loader(x))
+    assert model.gmm.fitted_
+    assert int(model.gmm.n_skipped) == 7  # of the second epoch's updates; the start filters
+    assert all(bool(torch.isfinite(b).all()) for name, b in state(model.gmm).items() if name.endswith("_"))
+
+
+@pytest.mark.parametrize("mode", ["minibatch", "full"])
+def test_accumulated_batches_make_one_update_per_optimizer_step(mode):
+    model = started()
+    by_hand = copy.deepcopy(model.gmm)
+    callback = EMCallback(mode=mode, step_size=0.1 if mode == "minibatch" else None)
+    trainer(callback, max_epochs=1, accumulate_grad_batches=2).fit(model, loader())
+    if mode == "full":
+        by_hand.em_step(torch.cat(model.seen))
+    else:
+        for first in (0, 2, 4):  # five batches: the optimizer steps after the second, the fourth and the last
+            by_hand.em_step(torch.cat(model.seen[first : first + 2]), step_size=0.1)
+    assert_same_state(state(model.gmm), state(by_hand))
+
+
+# ------------------------------------------------------------------------------- the place in the training loop
+
+
+@pytest.mark.parametrize("mode", ["minibatch", "full"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_density_may_be_in_the_loss(mode, accumulate):
+    """An update between forward and backward would raise 'modified by an inplace operation'."""
+    model = started(density_weight=0.1, learning_rate=0.01)
+    before = model.encoder.weight.clone()
+    trainer(EMCallback(mode=mode), accumulate_grad_batches=accumulate).fit(model, loader())
+    assert not torch.equal(before, model.encoder.weight)
+    assert int(model.gmm.n_updates) > 0
+
+
+@pytest.mark.parametrize("mode", ["minibatch", "full"])
+def test_validation_and_the_checkpoint_see_the_same_mixture(mode, tmp_path):
+    model = Toy()
+    checkpoint = ModelCheckpoint(tmp_path, filename="last")
+    run = trainer(checkpoint, EMCallback(mode=mode), max_epochs=2, enable_checkpointing=True)
+    run.fit(model, loader(), loader(batch_size=44))
+    saved = Toy()
+    saved.load_state_dict(torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"])
+    assert saved.gmm.fitted_
+    with torch.no_grad():
+        torch.testing.assert_close(saved.gmm(saved.encoder(rows())), model.validated[-1], rtol=0, atol=0)
+
+
+def test_only_training_batches_reach_the_mixture():
+    """Not the sanity check, nor validate, test or predict."""
+    model = Toy()
+    run = trainer(EMCallback(init_samples=10), max_epochs=1, num_sanity_val_steps=2)
+    run.fit(model, loader(rows()), loader(rows(seed=5) + 100))
+    assert float(model.gmm.means_.abs().max()) < 50
+    before = state(model.gmm)
+    for action in (run.validate, run.test, run.predict):
+        action(model, dataloaders=loader(), **({} if action == run.predict else {"verbose": False}))
+    assert_same_state(state(model.gmm), before)
+
+
+def test_training_goes_the_same_way_with_and_without_the_callback():
+    """Where the mixture is not in the loss; and the global generator ends where it would."""
+
+    def weights(*callbacks):
+        torch.manual_seed(3)
+        model = Toy()
+        trainer(*callbacks).fit(model, loader(shuffle=True))
+        return model.encoder.weight.detach(), torch.get_rng_state()
+
+    for a, b in zip(weights(), weights(EMCallback()), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_two_callbacks_move_two_mixtures():
+    model = started()
+    model.other = GaussianMixture(2, 2, "diag", random_state=0)
+    one, other = EMCallback("gmm"), EMCallback("other", mode="full", prefix="other")
+    assert one.state_key != other.state_key
+    run = trainer(one, other)
+    run.fit(model, loader())
+    assert int(model.gmm.n_updates) == 10
+    assert int(model.other.n_updates) == 2
+    assert {"em/log_likelihood", "other/log_likelihood"} <= set(run.callback_metrics)
+
+
+# ------------------------------------------------------------------------------------------- resume and clean-up
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("mode", ["minibatch", "full"])
+def test_resuming_at_an_epochs_end_is_bit_equal_and_starts_nothing_anew(mode, tmp_path):
+    def run(model, max_epochs, folder, ckpt_path=None):
+        checkpoint = ModelCheckpoint(tmp_path, filename=folder, enable_version_counter=False)
+        train = trainer(checkpoint, EMCallback(mode=mode), max_epochs=max_epochs, enable_checkpointing=True)
+        train.fit(model, loader(), ckpt_path=ckpt_path, weights_only=True)
+        return state(model.gmm)
+
+    whole = run(Toy(), 4, "whole")
+    run(Toy(), 2, "half")
+    resumed = run(Toy(), 4, "resumed", tmp_path / "half.ckpt")
+    assert_same_state(whole, resumed)
+
+
+def test_a_mixture_that_is_fitted_is_not_started_again():
+    model = started()
+    by_hand = copy.deepcopy(model.gmm)
+    trainer(EMCallback(step_size=0.1), max_epochs=1).fit(model, loader())
+    for z in model.seen:
+        by_hand.em_step(z, step_size=0.1)
+    assert_same_state(state(model.gmm), state(by_hand))
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_the_hook_is_removed_however_training_ends(error):
+    model = started()
+
+    class Stop(lightning.Callback):
+        def on_train_batch_start(self, *args):
+            assert model.encoder._forward_hooks
+            if error is not None:
+                raise error("stop")
+
+    run = trainer(EMCallback(), Stop())
+    if error is None:
+        run.fit(model, loader())
+    else:
+        with pytest.raises((error, SystemExit)):
+            run.fit(model, loader())
+    assert not model.encoder._forward_hooks
+
+
+# ------------------------------------------------------------------------------------------------------ logging
+
+
+@pytest.mark.parametrize("mode", ["minibatch", "full"])
+def test_a_finite_likelihood_is_logged_from_the_first_epoch(mode):
+    """A monitored key that is missing, or nan, makes EarlyStopping raise or stop."""
+    values = []
+
+    class Record(lightning.Callback):
+        def on_train_epoch_end(self, run, pl_module):
+            values.append({k: float(v) for k, v in run.callback_metrics.items()})
+
+    trainer(EMCallback(mode=mode, start_epoch=1), Record(), max_epochs=3).fit(Toy(), loader())
+    assert len(values) == 3
+    for logged in values:
+        assert set(logged) == {"em/log_likelihood", "em/effective_components", "em/smallest_weight"}
+        assert all(torch.isfinite(torch.tensor(v)) for v in logged.values())
+
+
+def test_the_logged_likelihood_is_that_before_the_update():
+    model = started(learning_rate=0.0)
+    gmm = copy.deepcopy(model.gmm)
+    run = trainer(EMCallback(step_size=0.1), max_epochs=1)
+    run.fit(model, loader(batch_size=44))
+    torch.testing.assert_close(run.callback_metrics["em/log_likelihood"], gmm(model.seen[0]).mean())
+
+
+# -------------------------------------------------------------------------------------------------------- ranks
+
+
+class SaveBuffers(lightning.Callback):
+    """Write each rank's buffers right after an epoch's last update, before any broadcast could hide a difference."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_epoch_end(self, run, pl_module):
+        torch.save(state(pl_module.gmm), self.folder / f"epoch{run.current_epoch}-rank{run.global_rank}.pt")
+
+
+@pytest.mark.parametrize("mode", ["minibatch", "full"])
+def test_two_ranks_hold_one_mixture_equal_to_one_process(mode, tmp_path):
+    """A frozen encoder; each rank reads every other row of the batches that one process reads whole."""
+    x = rows(40)
+
+    def fit(folder, **options):
+        folder.mkdir()
+        model = Toy(learning_rate=0.0)
+        callback = EMCallback(mode=mode, n_iterations=2 if mode == "full" else 1)
+        run = trainer(callback, SaveBuffers(folder), use_distributed_sampler=False, **options)
+        return model, run
+
+    model, run = fit(tmp_path / "one")
+    run.fit(model, loader(x))
+    model, run = fit(tmp_path / "two", devices=2, strategy="ddp_fork")
+    run.fit(model, HalfLoader(x))
+    for epoch in (0, 1):
+        one = torch.load(tmp_path / "one" / f"epoch{epoch}-rank0.pt")
+        first, second = (torch.load(tmp_path / "two" / f"epoch{epoch}-rank{rank}.pt") for rank in (0, 1))
+        assert_same_state(first, second)
+        for name, buffer in one.items():
+            torch.testing.assert_close(first[name], buffer, rtol=2e-6, atol=2e-6, equal_nan=True, msg=name)
+
+
+class HalfLoader:
+    """Batches of 10 rows of which each of two ranks gets its own part, of 6 and of 4 rows: ranks may be uneven."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __iter__(self):
+        rank = torch.distributed.get_rank()
+        for batch in self.x.split(10):
+            yield (batch[:6] if rank == 0 else batch[6:],)
+
+    def __len__(self):
+        return 4
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"module": 3}, "`module`"),
+        ({"embeddings": ""}, "`embeddings`"),
+        ({"mode": "stepwise"}, "`mode` to be one of 'minibatch', 'full', but got 'stepwise'"),
+        ({"start_epoch": -1}, "`start_epoch`"),
+        ({"step_size": 0.0}, "`step_size`"),
+        ({"step_size": 1.5}, "`step_size`"),
+        ({"decay": 0.5}, "`decay`"),
+        ({"offset": 0.5}, "`offset`"),
+        ({"n_iterations": 0, "mode": "full"}, "`n_iterations`"),
+        ({"n_iterations": 2}, "`n_iterations` only with mode='full'"),
+        ({"step_size": 0.1, "mode": "full"}, "`step_size` only with mode='minibatch'"),
+        ({"init_samples": 0}, "`init_samples`"),
+        ({"prefix": None}, "`prefix`"),
+        ({"prog_bar": 1}, "`prog_bar`"),
+    ],
+)
+def test_a_bad_option_raises_at_construction_and_names_itself(options, match):
+    with pytest.raises((TypeError, ValueError), match=match):
+        EMCallback(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"module": "mixture"}, r"`module` to name a submodule of Toy \('encoder', 'idle', 'gmm'\), but got 'mixture'"),
+        ({"embeddings": "encoders"}, "`embeddings` to name a submodule of Toy"),
+        ({"module": "encoder"}, "to be a GaussianMixture, but got Linear"),
+        ({"embeddings": "outputs:"}, "outputs:<key>"),
+        ({"embeddings": "outputs:h"}, r"a dictionary with 'h' .* got \['loss', 'z'\]"),
+        ({"embeddings": "idle"}, "forward was not called"),
+    ],
+)
+def test_a_name_that_does_not_exist_raises_and_lists_what_does(options, match):
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=match):
+        trainer(EMCallback(**options)).fit(Toy(), loader())
+
+
+def test_embeddings_of_the_wrong_width_raise():
+    model = Toy()
+    model.gmm = GaussianMixture(3, 5)
+    with pytest.raises(ValueError, match=r"Expected `x` of shape \(..., 5\)"):
+        trainer(EMCallback()).fit(model, loader())

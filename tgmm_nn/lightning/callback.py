@@ -1,0 +1,224 @@
+"""`EMCallback`: EM on embeddings while a network trains. It decides when; the layer knows how."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import lightning
+import torch
+from torch import Tensor
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from tgmm_nn import checks
+from tgmm_nn.distributed import broadcast_from_rank_zero, is_distributed, sum_over_ranks
+from tgmm_nn.lightning.sources import Embeddings, find_mixture
+from tgmm_nn.mixture import GaussianMixture
+from tgmm_nn.schedules import PolynomialDecay
+
+__all__ = ["EMCallback"]
+
+
+class EMCallback(lightning.Callback):
+    r"""Run EM on a network's embeddings while the network trains.
+
+    Every update happens in ``on_train_batch_end``, after backward and the optimizer's step, and once per optimizer
+    step under gradient accumulation. Validation and the saved checkpoint therefore see the same mixture. Every number
+    that has to survive a resume is a buffer of the mixture. With several ranks the sums are added over ranks before
+    any buffer is written, so that they all hold the same mixture, the one that a single process would.
+
+    Training goes on from a mixture that is already fitted; a fresh one is started by its own ``initialize`` on
+    embeddings of the epoch ``start_epoch`` or later: as soon as ``init_samples`` rows have been seen in it by all
+    ranks, else at its last batch.
+
+    Args:
+        module: Name of the `GaussianMixture` in the LightningModule.
+        embeddings: Dotted name of the submodule whose output, ``(..., d)``, is clustered; or ``"outputs:<key>"`` for a
+            key of what ``training_step`` returned.
+        mode: ``"minibatch"`` makes one stepwise EM update per optimizer step. ``"full"`` keeps the rows of the epoch
+            and makes ``n_iterations`` exact EM updates on them at its last batch.
+        start_epoch: First epoch, from 0, in which the mixture is started and updated.
+        step_size: Constant share of a batch in ``"minibatch"``; None takes the decreasing :math:`(t + t_0)^{-\kappa}`.
+        decay: :math:`\kappa` of that schedule, in (0.5, 1].
+        offset: :math:`t_0` of that schedule, at least 1.
+        n_iterations: EM updates per epoch in ``"full"``.
+        init_samples: Rows over all ranks that start a fresh mixture.
+        prefix: What the logged names start with.
+        prog_bar: Whether the progress bar shows the log-likelihood.
+
+    Raises:
+        TypeError: If an option has the wrong type.
+        ValueError: If an option is out of range or belongs to the other mode, or, at the start, if a name does not exist.
+
+    References:
+        Cappé and Moulines, On-line expectation-maximization algorithm for latent data models, 2009.
+
+    Example:
+        >>> callback = EMCallback(module="gmm", embeddings="encoder", mode="minibatch", start_epoch=10)
+        >>> trainer = lightning.Trainer(callbacks=[callback], logger=False, enable_checkpointing=False, accelerator="cpu")
+    """
+
+    def __init__(
+        self,
+        module: str = "gmm",
+        embeddings: str = "encoder",
+        mode: Literal["minibatch", "full"] = "minibatch",
+        *,
+        start_epoch: int = 0,
+        step_size: float | None = None,
+        decay: float = 0.6,
+        offset: float = 10.0,
+        n_iterations: int = 1,
+        init_samples: int = 10_000,
+        prefix: str = "em",
+        prog_bar: bool = True,
+    ) -> None:
+        for name, value in (("module", module), ("embeddings", embeddings), ("prefix", prefix)):
+            checks.check_string(name, value)
+        checks.check_choice("mode", mode, ("minibatch", "full"))
+        checks.check_integer("start_epoch", start_epoch, minimum=0)
+        checks.check_step_size(step_size)
+        checks.check_integer("n_iterations", n_iterations)
+        checks.check_integer("init_samples", init_samples)
+        checks.check_bool("prog_bar", prog_bar)
+        if mode == "full" and step_size is not None:
+            raise ValueError(f"Expected `step_size` only with mode='minibatch', but got {step_size} with mode='full'.")
+        if mode == "minibatch" and n_iterations != 1:
+            raise ValueError(
+                f"Expected `n_iterations` only with mode='full', but got {n_iterations} with mode='minibatch'."
+            )
+        self.module, self.mode, self.start_epoch = module, mode, start_epoch
+        self.step_size, self.schedule = step_size, PolynomialDecay(decay, offset)
+        self.n_iterations, self.init_samples = n_iterations, init_samples
+        self.prefix, self.prog_bar = prefix, prog_bar
+        self.source = Embeddings(embeddings)
+        self._bank: list[Tensor] = []
+        self._started = False
+        self._last_step = 0
+
+    @property
+    def state_key(self) -> str:
+        """Name of this callback in a checkpoint; two callbacks on two mixtures have two."""
+        return self._generate_state_key(module=self.module, embeddings=self.source.source, prefix=self.prefix)
+
+    # ---------------------------------------------------------------------------------------------------- hooks
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Raise if ``module`` or ``embeddings`` names nothing."""
+        if stage == "fit":
+            find_mixture(pl_module, self.module)
+            self.source.check(pl_module)
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Start listening; a mixture that a checkpoint or the user has fitted is not started again."""
+        self._started = find_mixture(pl_module, self.module).fitted_
+        self._last_step = trainer.global_step
+        self.source.attach(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Forget rows of an epoch that was cut short."""
+        self.source.take()
+        self._bank = []
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Update once the optimizer has stepped, and at the epoch's last batch."""
+        self.source.receive(outputs)
+        last = trainer.is_last_batch
+        if trainer.global_step == self._last_step and not last:
+            return
+        self._last_step = trainer.global_step
+        gmm = find_mixture(pl_module, self.module)
+        rows = self._take(gmm)
+        value = self._update(gmm, rows, last) if trainer.current_epoch >= self.start_epoch else None
+        self._log(pl_module, gmm, _mean_log_density(gmm, rows) if value is None else value, len(rows))
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Stop listening."""
+        self._release()
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Stop listening: after a failure or Ctrl-C no other hook is called."""
+        self._release()
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Stop listening."""
+        self._release()
+
+    # --------------------------------------------------------------------------------------------------- inside
+
+    def _update(self, gmm: GaussianMixture, rows: Tensor, last: bool) -> Tensor | None:
+        """Start the mixture or move it; return the mean log-likelihood before an update, None where there was none."""
+        if not self._started or self.mode == "full":
+            self._bank.append(rows)
+        if not self._started:
+            self._start(gmm, last)
+            if self.mode == "minibatch":
+                return None  # this batch is part of the start
+        if not self._started:
+            return None
+        if self.mode == "minibatch":
+            return gmm.em_step(rows, step_size=self.step_size or self.schedule(gmm.n_updates.to(gmm.running_count.dtype)))
+        if not last:
+            return None
+        bank, self._bank = torch.cat(self._bank), []
+        return [gmm.em_step(bank) for _ in range(self.n_iterations)][-1]
+
+    def _start(self, gmm: GaussianMixture, last: bool) -> None:
+        """Initialise from the rows of all ranks as soon as there are enough of them, the same on each rank."""
+        local = torch.tensor([sum(map(len, self._bank))], device=gmm.means_.device)
+        seen = int(sum_over_ranks(local))
+        if seen < gmm.n_components or (seen < self.init_samples and not last):
+            return
+        rows = torch.cat(self._bank)
+        if is_distributed():
+            rows = torch.cat(gather_all_tensors(rows))
+        rows = rows[torch.isfinite(rows).all(-1)]
+        if len(rows) < gmm.n_components:
+            return
+        gmm.initialize(rows)
+        broadcast_from_rank_zero(gmm.buffers(recurse=False))
+        self._started = True
+        if self.mode == "minibatch":
+            self._bank = []
+
+    def _take(self, gmm: GaussianMixture) -> Tensor:
+        rows = self.source.take()
+        if rows is not None:
+            return rows
+        if not self._started and not self._bank:
+            raise RuntimeError(
+                f"Expected embeddings={self.source.source!r} to give rows in every training step, but its forward was not called."
+            )
+        return gmm.means_.new_empty(0, gmm.n_features)
+
+    def _log(self, pl_module: lightning.LightningModule, gmm: GaussianMixture, value: Tensor, n_rows: int) -> None:
+        weights = gmm.weights_
+        values = {
+            "log_likelihood": value,
+            "effective_components": torch.special.entr(weights).sum().exp(),
+            "smallest_weight": weights.amin(),
+        }
+        for name, number in values.items():
+            pl_module.log(
+                f"{self.prefix}/{name}",
+                number,
+                on_step=False,
+                on_epoch=True,
+                prog_bar=self.prog_bar and name == "log_likelihood",
+                batch_size=max(n_rows, 1),
+                sync_dist=True,
+            )
+
+    def _release(self) -> None:
+        self.source.detach()
+        self._bank = []
+
+
+@torch.no_grad()
+def _mean_log_density(gmm: GaussianMixture, rows: Tensor) -> Tensor:
+    """Return the mean log-density of the finite rows; nan where there are none."""
+    density = gmm(rows)
+    return torch.where(torch.isfinite(density), density, torch.nan).nanmean()
