@@ -1,0 +1,1 @@
+"""The LightningModules and LightningDataModules that ``train.py`` runs."""

@@ -1,0 +1,184 @@
+"""Contrastive learning of an embedding that a mixture clusters while it is learned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import lightning
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tgmm_nn.checks import check_integer, check_number
+from tgmm_nn.experiments.digits import DigitsDataModule
+from tgmm_nn.experiments.reports import Row, clustering_report
+from tgmm_nn.mixture import GaussianMixture
+
+__all__ = ["ContrastiveClustering", "Encoder", "RandomAffine", "Rescale", "nt_xent"]
+
+
+class Encoder(nn.Module):
+    """Multilayer perceptron with ReLU between and unit-norm output, ``(..., sizes[0])`` to ``(..., sizes[-1])``.
+
+    Example:
+        >>> Encoder([4, 8, 3])(torch.randn(2, 4)).norm(dim=-1)
+        tensor([1., 1.], grad_fn=<LinalgVectorNormBackward0>)
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        if len(sizes) < 2:
+            raise ValueError(f"Expected `sizes` with the widths of input and output at least, but got {list(sizes)}.")
+        for size in sizes:
+            check_integer("sizes", size)
+        layers: list[nn.Module] = [nn.Linear(sizes[0], sizes[1])]
+        for before, after in pairwise(sizes[1:]):
+            layers += [nn.ReLU(), nn.Linear(before, after)]
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return embeddings of length one."""
+        return F.normalize(self.layers(x), dim=-1)
+
+
+class Rescale(nn.Module):
+    """Scale unit vectors of d features by √d, so that a feature has unit mean square: what the mixture sees."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return ``z`` times the root of its last dimension."""
+        return z * math.sqrt(z.shape[-1])
+
+
+class RandomAffine(nn.Module):
+    """Resample images, each by a small random affine map of its own, bilinearly and with zeros outside.
+
+    Args:
+        image_shape: Height and width; rows are flattened images.
+        shift: Largest shift in pixels along each axis.
+        degrees: Largest rotation.
+        scale: Largest relative change of size along each axis.
+        shear: Largest shear along each axis.
+    """
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        *,
+        shift: float = 0.5,
+        degrees: float = 5.0,
+        scale: float = 0.1,
+        shear: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if len(image_shape) != 2:
+            raise ValueError(f"Expected `image_shape` to be height and width, but got {list(image_shape)}.")
+        for name, value in (("shift", shift), ("degrees", degrees), ("scale", scale), ("shear", shear)):
+            check_number(name, value)
+        self.height, self.width = image_shape
+        self.shift, self.degrees, self.scale, self.shear = shift, degrees, scale, shear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return rows ``(B, height · width)`` of the resampled images."""
+        images = x.reshape(-1, 1, self.height, self.width)
+        grid = F.affine_grid(self._maps(len(images), x.device), list(images.shape), align_corners=False)
+        return F.grid_sample(images, grid, align_corners=False).reshape(x.shape)
+
+    def _maps(self, n: int, device: torch.device) -> Tensor:
+        """Draw maps ``(n, 2, 3)`` in the coordinates of ``affine_grid``, where an image spans [-1, 1]."""
+
+        def uniform(bound: float) -> Tensor:
+            return (2 * torch.rand(n, device=device) - 1) * bound
+
+        deform = torch.stack([1 + uniform(self.scale), uniform(self.shear), uniform(self.shear), 1 + uniform(self.scale)])
+        angle = uniform(math.radians(self.degrees))
+        rotate = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()])
+        shift = torch.stack([uniform(2 * self.shift / self.width), uniform(2 * self.shift / self.height)], -1)
+        linear = rotate.mT.reshape(-1, 2, 2) @ deform.mT.reshape(-1, 2, 2)
+        return torch.cat([linear, shift[:, :, None]], -1)
+
+
+def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
+    r"""Return the normalised temperature-scaled cross-entropy of two views of a batch.
+
+    .. math:: -\frac{1}{2B} \sum_i \log \frac{\exp(z_i^\top z_{j(i)} / \tau)}{\sum_{k \ne i} \exp(z_i^\top z_k / \tau)}
+
+    over the 2B unit vectors of both views, j(i) being the other view of i.
+
+    Args:
+        a: Unit vectors of the first view, shape ``(B, d)``.
+        b: Unit vectors of the second view, shape ``(B, d)``.
+        temperature: τ.
+
+    References:
+        Chen, Kornblith, Norouzi and Hinton, A simple framework for contrastive learning of visual representations,
+        2020.
+
+    Example:
+        >>> z = torch.eye(2)
+        >>> nt_xent(z, z, temperature=1.0)
+        tensor(0.5514)
+    """
+    z = torch.cat([a, b])
+    similarity = (z @ z.mT / temperature).fill_diagonal_(-math.inf)
+    other_view = torch.arange(len(z), device=z.device).roll(len(a))
+    return F.cross_entropy(similarity, other_view)
+
+
+class ContrastiveClustering(lightning.LightningModule):
+    """Learn an embedding by NT-Xent, and show a mixture the clean embeddings of each batch.
+
+    The loss compares two augmented views, of a row and of one of its neighbours. The mixture has no part in it: the
+    un-augmented rows pass without gradient through ``latent``, where `EMCallback` picks them up.
+
+    Args:
+        encoder: Network to unit vectors.
+        gmm: Mixture of as many features.
+        augmentation: Random map of rows.
+        temperature: Temperature of NT-Xent.
+        learning_rate: Of Adam.
+        weight_decay: Of Adam.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        gmm: GaussianMixture,
+        augmentation: nn.Module,
+        *,
+        temperature: float = 0.5,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        check_number("temperature", temperature, strict=True)
+        check_number("learning_rate", learning_rate, strict=True)
+        check_number("weight_decay", weight_decay)
+        self.encoder, self.gmm, self.augmentation, self.latent = encoder, gmm, augmentation, Rescale()
+        self.temperature, self.learning_rate, self.weight_decay = temperature, learning_rate, weight_decay
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the embeddings that the mixture clusters, shape ``(B, d)``."""
+        return self.latent(self.encoder(x))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Return NT-Xent of two views; pass the clean rows by the mixture."""
+        views = torch.cat([self.augmentation(batch["x"]), self.augmentation(batch["neighbour"])])
+        first, second = self.encoder(views).chunk(2)
+        loss = nt_xent(first, second, self.temperature)
+        self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch["x"]))
+        with torch.no_grad():
+            self(batch["x"])
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return Adam."""
+        return torch.optim.Adam(self.encoder.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
+
+    @torch.no_grad()
+    def report(self, data: DigitsDataModule, folder: Path, seed: int) -> list[Row]:
+        """Score the mixture that training carried along beside its baselines, and draw what it found."""
+        self.eval()
+        return clustering_report(self.gmm, self(data.x.to(self.device)), data.x, data.y, data.image_shape, folder, seed)

@@ -1,0 +1,132 @@
+"""Pictures of mixtures. Each function draws into axes that are given, or into new ones, and returns them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Ellipse
+from torch import Tensor
+
+from tgmm_nn.mixture import GaussianMixture
+
+__all__ = ["new_axes", "plot_curves", "plot_images", "plot_latent", "principal_plane", "save"]
+
+COLORS = colormaps["tab10"]
+
+
+def new_axes(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.0, 5.0)) -> list[Axes]:
+    """Return the axes of a new figure, row by row; `save` writes it."""
+    figure = Figure(figsize=(columns * size[0], rows * size[1]), layout="constrained")
+    return list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def save(ax: Axes, file: Path) -> None:
+    """Write the figure that the axes belong to; its folder is made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure = ax.get_figure(root=True)
+    if figure is not None:
+        figure.savefig(file, dpi=120)
+
+
+def principal_plane(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean of rows ``(n, d)`` and their two directions of largest variance, shape ``(d, 2)``; d = 1 gets a zero axis."""
+    mean = x.mean(0)
+    _, _, directions = torch.linalg.svd(x - mean, full_matrices=False)
+    plane = x.new_zeros(x.shape[-1], 2)
+    found = directions[:2].mT
+    plane[:, : found.shape[1]] = found
+    # A direction's sign is arbitrary: fix it, so that pictures of successive epochs do not flip.
+    largest = plane.gather(0, plane.abs().argmax(0, keepdim=True))
+    return mean, plane * torch.where(largest < 0, -1.0, 1.0)
+
+
+def plot_latent(
+    gmm: GaussianMixture,
+    x: Tensor,
+    labels: Tensor | None = None,
+    *,
+    n_std: Sequence[float] = (2.0,),
+    title: str = "",
+    ax: Axes | None = None,
+) -> Axes:
+    r"""Scatter rows in their principal plane, with each component's ellipse of ``n_std`` standard deviations.
+
+    A component projects to :math:`N(V^\top (\mu - \bar x), V^\top \Sigma V)`. An ellipse is as opaque as its component
+    is heavy, at least faintly visible. A mixture that is not fitted shows no ellipses.
+
+    Args:
+        gmm: Mixture of d features.
+        x: Rows, shape ``(n, d)``.
+        labels: Integer that colours each row, shape ``(n,)``; None colours by the most probable component.
+        n_std: Radii of the ellipses in standard deviations.
+        title: Title of the axes.
+        ax: Axes to draw into.
+    """
+    ax = ax or new_axes()[0]
+    x = x.detach().to(gmm.means_)
+    mean, plane = principal_plane(x)
+    colors = gmm.predict(x) if labels is None and gmm.fitted_ else labels
+    points = ((x - mean) @ plane).cpu().numpy()
+    shades = "0.5" if colors is None else COLORS(colors.cpu().numpy() % COLORS.N)
+    ax.scatter(points[:, 0], points[:, 1], s=6, alpha=0.5, linewidths=0, c=shades)
+    if gmm.fitted_:
+        _draw_components(ax, gmm, mean, plane, n_std, own_colors=labels is None)
+    ax.set(title=title, xlabel="first principal direction", ylabel="second principal direction", aspect="equal")
+    ax.autoscale_view()
+    return ax
+
+
+def plot_images(
+    images: Tensor, titles: Sequence[str], axes: Sequence[Axes] | None = None, title: str = ""
+) -> list[Axes]:
+    """Show grey images ``(K, height, width)``, dark where the value is high, one to each of the axes."""
+    columns = min(len(images), 5)
+    axes = list(axes or new_axes(-(-len(images) // columns), columns, size=(1.8, 2.1)))
+    for ax, image, label in zip(axes, images, titles, strict=False):
+        ax.imshow(image.cpu(), cmap="gray_r")
+        ax.set_title(label, fontsize=9)
+    for ax in axes:
+        ax.set_axis_off()
+    axes[0].figure.suptitle(title)
+    return axes
+
+
+def plot_curves(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], axes: Sequence[Axes] | None = None
+) -> list[Axes]:
+    """Draw one curve over epochs under another; each entry is its name with x and y values."""
+    axes = list(axes or new_axes(len(curves), 1, size=(7.0, 2.6)))
+    for ax, (name, (epochs, values)) in zip(axes, curves.items(), strict=True):
+        ax.plot(epochs, values, color="C0")
+        ax.set(ylabel=name, xlabel="epoch")
+        ax.grid(alpha=0.3)
+    return axes
+
+
+def _draw_components(
+    ax: Axes, gmm: GaussianMixture, mean: Tensor, plane: Tensor, n_std: Sequence[float], *, own_colors: bool
+) -> None:
+    """Add each component's ellipses and number, in the colour of its rows or in black."""
+    centres = ((gmm.means_ - mean) @ plane).cpu()
+    covariances = (plane.mT @ gmm.covariance_matrices() @ plane).cpu()
+    opacity = (gmm.weights_ / gmm.weights_.max()).clamp(min=0.15).tolist()
+    for k, (x, y) in enumerate(centres.tolist()):
+        color = COLORS(k % COLORS.N) if own_colors else "black"
+        for radius in n_std:
+            ax.add_patch(_ellipse((x, y), covariances[k], radius, color, opacity[k]))
+        box = {"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.7}
+        ax.annotate(str(k), (x, y), ha="center", va="center", weight="bold", bbox=box)
+
+
+def _ellipse(centre: tuple[float, float], covariance: Tensor, radius: float, color: Any, alpha: float) -> Ellipse:
+    """Return the curve of Mahalanobis distance ``radius`` about ``centre``."""
+    variances, directions = torch.linalg.eigh(covariance)
+    width, height = (2.0 * radius * variances.clamp(min=0).sqrt()).tolist()
+    angle = float(torch.rad2deg(torch.atan2(directions[1, 0], directions[0, 0])))
+    return Ellipse(centre, width, height, angle=angle, fill=False, lw=1.8, ec=color, alpha=alpha)

@@ -1,0 +1,82 @@
+"""Run an experiment: ``python train.py``, ``python train.py experiment=NAME seed=1``, ``python train.py ckpt_path=FILE``."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+import hydra
+import lightning
+from omegaconf import DictConfig, OmegaConf
+
+from tgmm_nn.experiments.reports import Row, format_table, plot_metrics
+
+KEYS = ("name", "seed", "ckpt_path", "data", "model", "gmm", "callbacks", "logger", "trainer", "paths")
+
+
+def check_keys(cfg: DictConfig) -> None:
+    """Raise if the config has a key at its top that nothing reads: Hydra accepts it from an experiment file in silence."""
+    for key in map(str, cfg):
+        if key not in KEYS:
+            near = difflib.get_close_matches(key, KEYS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"Expected the config's top-level keys to be among {', '.join(KEYS)}, but got {key!r}{hint}"
+            )
+
+
+def train(cfg: DictConfig) -> list[Row]:
+    """Build what the config says, train, and report; everything is written to the run's folder."""
+    folder = Path(cfg.paths.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    resolved = OmegaConf.to_yaml(cfg, resolve=True)
+    (folder / "config.yaml").write_text(resolved)
+    print(resolved)
+
+    lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+    # Plain containers: a DictConfig in a module's state cannot be loaded with weights_only=True.
+    data = hydra.utils.instantiate(cfg.data, _convert_="all")
+    model = hydra.utils.instantiate(cfg.model, _convert_="all")
+    callbacks = list(hydra.utils.instantiate(cfg.callbacks, _convert_="all").values())
+    logger = hydra.utils.instantiate(cfg.logger, _convert_="all")
+    trainer = hydra.utils.instantiate(cfg.trainer, callbacks=callbacks, logger=logger, _convert_="all")
+
+    trainer.fit(model, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+    if not trainer.is_global_zero:
+        return []
+
+    rows: list[Row] = model.report(data, folder, cfg.seed)
+    write_results(rows, folder)
+    print(f"\n{format_table(rows)}\n\nEverything lies in {folder}")
+    return rows
+
+
+def write_results(rows: list[Row], folder: Path) -> None:
+    """Write the table of the end of a run, and the curves."""
+    with (folder / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    if (folder / "metrics.csv").exists():
+        plot_metrics(folder / "metrics.csv", folder / "curves.png")
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+def main(cfg: DictConfig) -> None:
+    """Compose the config and train."""
+    try:
+        check_keys(cfg)
+    except ValueError as error:
+        sys.exit(str(error))
+    # Hints of Lightning's that do not apply to in-memory data and short runs.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    train(cfg)
+
+
+if __name__ == "__main__":
+    main()
