@@ -106,7 +106,8 @@ def check_rows(name: str, x: Any, n_features: int) -> None:
 def check_sample_weight(sample_weight: Any, n_rows: int) -> None:
     """Raise unless ``sample_weight`` is a real tensor with one number for each of ``n_rows`` rows."""
     if not isinstance(sample_weight, Tensor) or sample_weight.is_complex():
-        raise TypeError(f"Expected `sample_weight` to be a real tensor, but got {type(sample_weight).__name__}.")
+        kind = sample_weight.dtype if isinstance(sample_weight, Tensor) else type(sample_weight).__name__
+        raise TypeError(f"Expected `sample_weight` to be a real tensor, but got {kind}.")
     if sample_weight.numel() != n_rows:
         raise ValueError(
             f"Expected `sample_weight` with one number for each of the {n_rows} rows of `x`, but got shape {tuple(sample_weight.shape)}."
@@ -115,7 +116,7 @@ def check_sample_weight(sample_weight: Any, n_rows: int) -> None:
 
 def check_finite(name: str, x: Tensor) -> None:
     """Raise if ``x`` holds a nan or an infinity; reads one value on the host."""
-    bad = int((~torch.isfinite(x)).reshape(x.shape[0], -1).any(-1).sum())
+    bad = int((~torch.isfinite(x)).unsqueeze(-1).flatten(1).any(-1).sum())
     if bad:
         raise ValueError(
             f"Expected `{name}` to be finite, but {bad} of {x.shape[0]} rows hold nan or infinity; drop or impute them."
