@@ -1,0 +1,116 @@
+"""EM over two processes is EM of one process that has all rows."""
+
+import datetime
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from oracles import assert_near, random_layer
+from torch import multiprocessing
+
+from tgmm_nn.distributed import broadcast_from_rank_zero, is_distributed, sum_over_ranks
+
+FORK_IS_WANTED = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+SECONDS = 60
+
+
+def in_group(rank, function, folder):
+    """Run ``function(rank)`` in a world of two and write down what it returns."""
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=SECONDS),
+    )
+    try:
+        torch.save(function(rank), folder / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def on_two_ranks(function, folder):
+    """Return what ``function(rank)`` gives on each of two ranks."""
+    ranks = multiprocessing.start_processes(in_group, (function, folder), nprocs=2, join=False, start_method="fork")
+    try:
+        for _ in range(2):  # returns when the first rank ends, and true when all have
+            ranks.join(timeout=SECONDS)
+        assert not any(process.is_alive() for process in ranks.processes)
+    finally:
+        for process in ranks.processes:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def rows(generator):
+    x = 2 * torch.randn(50, 2, generator=generator, dtype=torch.float64)
+    x[3] = torch.nan
+    return x
+
+
+def steps(layer, parts):
+    """Make an exact and two minibatch steps; return the buffers and the log-likelihoods."""
+    gmm = layer()
+    values = [gmm.em_step(part, step_size=rho) for part, rho in zip(parts, (None, 0.5, 0.3), strict=True)]
+    return {"values": torch.stack(values), **dict(gmm.named_buffers())}
+
+
+@FORK_IS_WANTED
+def test_em_step_on_two_ranks_is_em_step_on_all_rows(family, generator, tmp_path):
+    """Ranks hold uneven shares, one of them nothing in the last step."""
+    mixture_seed = generator.get_state()
+    layer = lambda: random_layer(family, torch.Generator().set_state(mixture_seed))  # noqa: E731
+    x = rows(torch.Generator().manual_seed(1))
+    whole = [x, x[:20], x[20:]]
+    parts = ([x[:13], x[:2], x[20:]], [x[13:], x[2:20], x[:0]])
+    ranks = on_two_ranks(partial(_steps_of_rank, layer, parts), tmp_path)
+    alone = steps(layer, whole)
+    for rank in ranks:
+        assert rank.keys() == alone.keys()
+        for name, value in rank.items():
+            torch.testing.assert_close(
+                value, alone[name], rtol=1e-12, atol=1e-12, equal_nan=True, msg=f"{name} differs"
+            )
+    for name, value in ranks[0].items():
+        torch.testing.assert_close(value, ranks[1][name], rtol=0, atol=0, equal_nan=True)
+
+
+def _steps_of_rank(layer, parts, rank):
+    return steps(layer, parts[rank])
+
+
+@FORK_IS_WANTED
+def test_without_sync_each_rank_goes_its_own_way(generator, tmp_path):
+    layer = partial(random_layer, "diag", generator)
+    x = rows(torch.Generator().manual_seed(1))
+
+    def step(rank):
+        gmm = layer()
+        gmm.em_step(x[rank::2], sync=False)
+        return gmm.means_
+
+    ranks = on_two_ranks(step, tmp_path)
+    assert not torch.equal(*ranks)
+
+
+@FORK_IS_WANTED
+def test_sums_and_broadcasts_over_ranks(tmp_path):
+    def talk(rank):
+        assert is_distributed()
+        mine = torch.tensor([1.0, 10.0]) * (rank + 1)
+        total = sum_over_ranks(mine)
+        assert torch.equal(mine, torch.tensor([1.0, 10.0]) * (rank + 1))  # the message is not overwritten
+        broadcast_from_rank_zero([mine])
+        return total, mine
+
+    for total, said in on_two_ranks(talk, tmp_path):
+        assert_near((total, said), (torch.tensor([3.0, 30.0]), torch.tensor([1.0, 10.0])))
+
+
+def test_alone_there_is_nothing_to_do():
+    x = torch.ones(3)
+    assert not is_distributed()
+    assert sum_over_ranks(x) is x
+    broadcast_from_rank_zero([x])
+    assert torch.equal(x, torch.ones(3))
