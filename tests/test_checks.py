@@ -1,0 +1,207 @@
+"""Each check lets what is right pass and names in its error the argument, what was expected and what came."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from tgmm_nn import checks
+
+X = torch.zeros(4, 2)
+LIKE = torch.zeros(1, dtype=torch.float64)
+
+
+def refuses(error, message):
+    return pytest.raises(error, match="^" + re.escape(message))
+
+
+@pytest.mark.parametrize("value", [1, 7, np.int64(3)])
+def test_integers_pass(value):
+    checks.check_integer("k", value)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (0, ValueError, "Expected `k` to be at least 1, but got 0."),
+        (1.0, TypeError, "Expected `k` to be an integer, but got 1.0 (float)."),
+        (True, TypeError, "Expected `k` to be an integer, but got True (bool)."),
+        ("1", TypeError, "Expected `k` to be an integer, but got '1' (str)."),
+        (None, TypeError, "Expected `k` to be an integer, but got None (NoneType)."),
+    ],
+)
+def test_what_is_no_integer_in_range_is_refused(value, error, message):
+    with refuses(error, message):
+        checks.check_integer("k", value)
+
+
+def test_an_optional_integer_may_be_none():
+    checks.check_integer("k", None, optional=True)
+    with refuses(TypeError, "Expected `k` to be an integer or None, but got 'a' (str)."):
+        checks.check_integer("k", "a", optional=True)
+
+
+@pytest.mark.parametrize("value", [0, 0.5, 1, np.float32(0.25)])
+def test_numbers_in_range_pass(value):
+    checks.check_number("a", value, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (-0.1, ValueError, "Expected `a` to be at least 0 and at most 1, but got -0.1."),
+        (1.1, ValueError, "Expected `a` to be at least 0 and at most 1, but got 1.1."),
+        (math.nan, ValueError, "Expected `a` to be at least 0 and at most 1, but got nan."),
+        ("0.1", TypeError, "Expected `a` to be a number, but got '0.1' (str)."),
+        (False, TypeError, "Expected `a` to be a number, but got False (bool)."),
+        (1j, TypeError, "Expected `a` to be a number, but got 1j (complex)."),
+    ],
+)
+def test_what_is_no_number_in_range_is_refused(value, error, message):
+    with refuses(error, message):
+        checks.check_number("a", value, 0.0, 1.0)
+
+
+def test_a_strict_minimum_is_excluded_and_no_maximum_still_means_finite():
+    checks.check_number("a", 1e300)
+    with refuses(ValueError, "Expected `a` to be above 0 and finite, but got 0"):
+        checks.check_number("a", 0, strict=True)
+    with refuses(ValueError, "Expected `a` to be at least 0 and finite, but got inf."):
+        checks.check_number("a", math.inf)
+
+
+def test_only_booleans_are_booleans():
+    checks.check_bool("b", True)
+    with refuses(TypeError, "Expected `b` to be True or False, but got 'yes' (str)."):
+        checks.check_bool("b", "yes")
+
+
+def test_only_strings_with_something_in_them_are_strings():
+    checks.check_string("s", "encoder")
+    for value, kind in [("", "str"), (None, "NoneType"), (3, "int")]:
+        with refuses(TypeError, f"Expected `s` to be a non-empty string, but got {value!r} ({kind})."):
+            checks.check_string("s", value)
+
+
+def test_choices_are_listed():
+    checks.check_choice("c", "a", ("a", "b"))
+    with refuses(ValueError, "Expected `c` to be one of 'a', 'b', but got 'd'."):
+        checks.check_choice("c", "d", ("a", "b"))
+    with refuses(TypeError, "Expected `c` to be one of 'a', 'b', but got 3."):
+        checks.check_choice("c", 3, ("a", "b"))
+
+
+@pytest.mark.parametrize("value", [torch.bfloat16, torch.int64, "float32", float])
+def test_dtypes_other_than_the_two_wide_ones_are_refused(value):
+    for right in (None, torch.float32, torch.float64):
+        checks.check_dtype("dtype", right)
+    with refuses(ValueError, f"Expected `dtype` to be torch.float32, torch.float64 or None, but got {value!r}."):
+        checks.check_dtype("dtype", value)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_symmetry_is_judged_relative_to_the_matrices(scale):
+    matrix = scale * torch.tensor([[[2.0, 1.0], [1.0, 2.0]]])
+    checks.check_symmetric("c", matrix * torch.tensor([[1.0, 1.00001], [1.0, 1.0]]), matrix=True)
+    skewed = matrix * torch.tensor([[1.0, 1.1], [1.0, 1.0]])
+    checks.check_symmetric("c", skewed, matrix=False)
+    with refuses(ValueError, "Expected `c` to be symmetric; symmetrise by (c + c.mT) / 2."):
+        checks.check_symmetric("c", skewed, matrix=True)
+
+
+@pytest.mark.parametrize("shape", [(2,), (0, 2), (3, 4, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_rows_of_real_numbers_and_the_right_width_pass(shape, dtype):
+    checks.check_rows("x", torch.zeros(shape, dtype=dtype), 2)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        ([[0.0, 1.0]], TypeError, "Expected `x` to be a tensor, but got list; convert it by torch.as_tensor."),
+        (X.cfloat(), TypeError, "Expected `x` to hold real numbers, but got torch.complex64."),
+        (X.bool(), TypeError, "Expected `x` to hold real numbers, but got torch.bool."),
+        (X.mT, ValueError, "Expected `x` of shape (..., 2) for a mixture of 2 features, but got (2, 4)."),
+        (X[:, :1], ValueError, "Expected `x` of shape (..., 2) for a mixture of 2 features, but got (4, 1)."),
+        (X[0, 0], ValueError, "Expected `x` of shape (..., 2) for a mixture of 2 features, but got ()."),
+    ],
+)
+def test_other_rows_are_refused(x, error, message):
+    with refuses(error, message):
+        checks.check_rows("x", x, 2)
+
+
+def test_sample_weights_are_one_real_number_per_row():
+    for weight in (torch.ones(4), torch.ones(2, 2), torch.ones(4, dtype=torch.int64)):
+        checks.check_sample_weight(weight, 4)
+    with refuses(
+        ValueError, "Expected `sample_weight` with one number for each of the 4 rows of `x`, but got shape (3,)."
+    ):
+        checks.check_sample_weight(torch.ones(3), 4)
+    with refuses(TypeError, "Expected `sample_weight` to be a real tensor, but got list."):
+        checks.check_sample_weight([1.0] * 4, 4)
+    with refuses(TypeError, "Expected `sample_weight` to be a real tensor, but got torch.complex64."):
+        checks.check_sample_weight(torch.ones(4).cfloat(), 4)
+
+
+@pytest.mark.parametrize("shape", [(5, 2), (5,), (5, 3, 2)])
+def test_rows_with_a_value_that_is_not_finite_are_counted(shape):
+    x = torch.zeros(shape)
+    checks.check_finite("x", x)
+    checks.check_finite("x", x[:0])
+    x[1], x[3] = torch.nan, -torch.inf
+    with refuses(ValueError, "Expected `x` to be finite, but 2 of 5 rows hold nan or infinity; drop or impute them."):
+        checks.check_finite("x", x)
+
+
+@pytest.mark.parametrize("value", [[1, 2], (1.0, 2.0), np.array([1.0, 2.0]), torch.tensor([1.0, 2.0])], ids=type)
+def test_arrays_of_any_kind_become_new_tensors_like_another(value):
+    tensor = checks.check_array("a", value, (2,), LIKE)
+    assert tensor.dtype == torch.float64
+    assert tensor.tolist() == [1.0, 2.0]
+    tensor.zero_()
+    assert list(value) == [1.0, 2.0]
+
+
+def test_an_array_loses_its_graph_and_a_number_has_no_shape():
+    assert not checks.check_array("a", torch.ones(2, dtype=torch.float64, requires_grad=True), (2,), LIKE).requires_grad
+    assert checks.check_array("a", 3, (), LIKE).item() == 3.0
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        ("ab", TypeError, "Expected `a` to be a tensor, array, list or number, but got 'ab'."),
+        (None, TypeError, "Expected `a` to be a tensor, array, list or number, but got None."),
+        (
+            [[1.0], [1.0, 2.0]],
+            TypeError,
+            "Expected `a` to be a tensor, array, list or number, but got [[1.0], [1.0, 2.0]].",
+        ),
+        ([1.0, 2.0, 3.0], ValueError, "Expected `a` of shape (2,), but got (3,)."),
+        ([1.0, math.nan], ValueError, "Expected `a` to be finite, but it holds nan or infinity."),
+    ],
+)
+def test_other_arrays_are_refused(value, error, message):
+    with refuses(error, message):
+        checks.check_array("a", value, (2,), LIKE)
+
+
+def test_weights_are_a_distribution_up_to_rounding_of_what_was_typed():
+    for weights in ([0.5, 0.5], [1.0, 0.0], [0.333, 0.333, 0.333]):
+        checks.check_weights("w", torch.tensor(weights))
+    with refuses(ValueError, "Expected `w` to be non-negative and to sum to 1, but they sum to 0.9."):
+        checks.check_weights("w", torch.tensor([0.5, 0.4]))
+    with refuses(ValueError, "Expected `w` to be non-negative and to sum to 1, but they sum to 1."):
+        checks.check_weights("w", torch.tensor([1.5, -0.5]))
+
+
+def test_step_sizes_are_none_a_number_up_to_one_or_a_tensor_that_is_not_read():
+    for step_size in (None, 1, 0.1, torch.tensor(0.5), torch.tensor([0.5]), torch.empty((), device="meta")):
+        checks.check_step_size(step_size)
+    with refuses(ValueError, "Expected `step_size` to be above 0 and at most 1, but got 0.0."):
+        checks.check_step_size(0.0)
+    with refuses(ValueError, "Expected `step_size` to hold one real number, but got shape (2,)."):
+        checks.check_step_size(torch.ones(2))
