@@ -289,7 +289,8 @@ def test_two_ranks_hold_one_mixture_equal_to_one_process(mode, tmp_path):
         first, second = (torch.load(tmp_path / "two" / f"epoch{epoch}-rank{rank}.pt") for rank in (0, 1))
         assert_same_state(first, second)
         for name, buffer in one.items():
-            torch.testing.assert_close(first[name], buffer, rtol=2e-6, atol=2e-6, equal_nan=True, msg=name)
+            atol = 2e-5 if name.startswith("running") else 2e-6  # sums of about ten rows each
+            torch.testing.assert_close(first[name], buffer, rtol=2e-6, atol=atol, equal_nan=True)
 
 
 class HalfLoader:

@@ -1,8 +1,8 @@
 r"""Covariance families: three structures, each per component or tied.
 
-A structure is a stateless strategy. It says which part :math:`[A]` of a symmetric d × d matrix it keeps (its *element*), how such an
-element is factorised, and how rows are whitened by the factor. Elements carry a leading axis of K, or of 1 when tied, so that everything
-broadcasts and nothing else in the package knows which family it works with.
+A structure is a stateless strategy. It says which part :math:`[A]` of a symmetric d × d matrix it keeps (its
+*element*), how such an element is factorised, and how rows are whitened by the factor. Elements carry a leading axis of
+K, or of 1 when tied, so that everything broadcasts and nothing else in the package knows which family it works with.
 
 =================  ==============  =====================  ==========================
 name               element         ``covariances_``       free covariance parameters

@@ -67,8 +67,9 @@ class Fit(NamedTuple):
 def fit_from(start: Statistics, x: Tensor, fresh: Parameters, options: Options) -> Fit:
     r"""Run EM from the M-step of ``start`` until the mean log-likelihood changes by less than ``tol``.
 
-    The parameters stay in the dtype of the sums between steps. Each E-step takes the fast form where the conditioning of the
-    current parameters leaves half of the digits of the data's dtype, :math:`b\,\varepsilon \le \sqrt\varepsilon`, and the whitened one elsewhere.
+    The parameters stay in the dtype of the sums between steps. Each E-step takes the fast form where the conditioning
+    of the current parameters leaves half of the digits of the data's dtype,
+    :math:`b\,\varepsilon \le \sqrt\varepsilon`, and the whitened one elsewhere.
 
     Args:
         start: Statistics whose M-step is the start.

@@ -1,12 +1,13 @@
 r"""The mathematics of EM as pure functions of tensors; they know no module and no state.
 
 Notation: x is a row of d features, :math:`\mu_k` the mean of component k, P the factor of its precision
-(:math:`\Sigma_k^{-1} = P_k P_k^\top`), :math:`\pi_k` its weight, :math:`r_{nk}` the responsibility of k for row n times the row's weight,
-and :math:`n_k = \sum_n r_{nk}`. Log-densities are in nats.
+(:math:`\Sigma_k^{-1} = P_k P_k^\top`), :math:`\pi_k` its weight, :math:`r_{nk}` the responsibility of k for row n times
+the row's weight, and :math:`n_k = \sum_n r_{nk}`. Log-densities are in nats.
 
-The E-step comes in two forms with one result. `whitened_statistics` forms :math:`y = P_k^\top (x - \mu_k)` for every component and sums
-about each component's own mean: as accurate as the dtype can be. `moment_statistics` writes the mixture as an exponential family,
-with two matrix products in all: faster, and accurate where `conditioning` is moderate.
+The E-step comes in two forms with one result. `whitened_statistics` forms :math:`y = P_k^\top (x - \mu_k)` for every
+component and sums about each component's own mean: as accurate as the dtype can be. `moment_statistics` writes the
+mixture as an exponential family, with two matrix products in all: faster, and accurate where `conditioning` is
+moderate.
 """
 
 from __future__ import annotations
@@ -108,17 +109,18 @@ def whitened_statistics(
 ) -> Statistics:
     r"""Sum what the M-step needs, about each component's own mean.
 
-    With :math:`y_{nk} = P_k^\top (x_n - \mu_k)` the sums :math:`\sum_n r_{nk} y_{nk}` and :math:`\sum_n r_{nk} y_{nk} y_{nk}^\top` are of order one
-    wherever the component is and however narrow; they are mapped back by :math:`P_k^{-\top}` in float64. Rows that are not finite (or so far
-    away that their squared length is not) are left out, without reading a value on the host.
+    With :math:`y_{nk} = P_k^\top (x_n - \mu_k)` the sums :math:`\sum_n r_{nk} y_{nk}` and
+    :math:`\sum_n r_{nk} y_{nk} y_{nk}^\top` are of order one wherever the component is and however narrow; they are
+    mapped back by :math:`P_k^{-\top}` in float64. Rows that are not finite (or so far away that their squared length is
+    not) are left out, without reading a value on the host.
 
     Args:
         x: Rows, shape ``(n, d)``.
         parameters: Parameters of the E-step, in the dtype of ``x``.
         covariance: Structure of the covariances.
         sample_weight: Non-negative weight of each row, shape ``(n,)``; a row of weight 2 counts as two rows.
-        log_prior: Log-prior of each row over components in nats, shape ``(n, K)``, added to the joint; −inf forbids a component, and a row
-            for which all are forbidden counts as skipped.
+        log_prior: Log-prior of each row over components in nats, shape ``(n, K)``, added to the joint; −inf forbids a
+            component, and a row for which all are forbidden counts as skipped.
 
     Returns:
         Statistics about ``parameters.means``, totals in float64 (float32 where the device has no float64).
@@ -155,13 +157,15 @@ def moment_statistics(
 ) -> Statistics:
     r"""Sum the same as `whitened_statistics`, about one reference point and by two matrix products.
 
-    With the rows :math:`\phi(x) = [1, \tilde x, [\tilde x \tilde x^\top]]` about the reference point o, and :math:`A_k = P_k P_k^\top`,
+    With the rows :math:`\phi(x) = [1, \tilde x, [\tilde x \tilde x^\top]]` about the reference point o, and
+    :math:`A_k = P_k P_k^\top`,
 
     .. math::
         \log \pi_k N(x_n; \mu_k, \Sigma_k) = \langle \phi(x_n), \theta_k \rangle, \qquad
         \theta_k = [\log \pi_k + \log |P_k| - \tfrac d2 \log 2\pi - \tfrac12 \tilde\mu_k^\top A_k \tilde\mu_k,\; A_k \tilde\mu_k,\; -\tfrac12 A_k],
 
-    and the sums are :math:`\sum_n r_{nk} \phi(x_n)`. The relative error of a covariance is about `conditioning` times the dtype's epsilon.
+    and the sums are :math:`\sum_n r_{nk} \phi(x_n)`. The relative error of a covariance is about `conditioning` times
+    the dtype's epsilon.
 
     Args and returns are those of `whitened_statistics`, but for ``origin``, the reference point of shape ``(d,)``.
     """
@@ -302,15 +306,17 @@ def maximize(
         \pi_k = \frac{n_k}{\sum_j n_j}, \qquad \mu_k = o_k + \frac{S^{(1)}_k}{n_k}, \qquad
         T_k = S^{(2)}_k - \frac{[S^{(1)}_k S^{(1)\top}_k]}{n_k}, \qquad \Sigma_k = \frac{T_k}{n_k}, \quad \Sigma_{tied} = \frac{\sum_k T_k}{\sum_k n_k},
 
-    and then ``reg_covar`` is added to the diagonal. A component that no row supports keeps its mean and covariance and gets weight 0. A
-    covariance that has no factor is lifted on its diagonal once, else the current factor stays. Without any row nothing changes.
+    and then ``reg_covar`` is added to the diagonal. A component that no row supports keeps its mean and covariance and
+    gets weight 0. A covariance that has no factor is lifted on its diagonal once, else the current factor stays.
+    Without any row nothing changes.
 
     Args:
         statistics: Sums of an E-step.
         current: Parameters to keep where the sums determine none.
         covariance: Structure of the covariances.
         reg_covar: Number added to the diagonal of each covariance.
-        reg_covar_relative: Read ``reg_covar`` as a fraction of the mean variance of the data, so that EM does not depend on units.
+        reg_covar_relative: Read ``reg_covar`` as a fraction of the mean variance of the data, so that EM does not
+            depend on units.
 
     Returns:
         Parameters in the dtype of ``current``, computed in the dtype of the sums.

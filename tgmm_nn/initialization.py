@@ -65,8 +65,8 @@ def starting_statistics(
 ) -> Statistics:
     r"""Return the statistics, of total weight one, whose M-step is the start of EM.
 
-    The means are chosen by ``method``, every component weighs 1 / K, and its covariance is that of the rows nearest to its
-    mean, or the pooled one where there are not two of them.
+    The means are chosen by ``method``, every component weighs 1 / K, and its covariance is that of the rows nearest to
+    its mean, or the pooled one where there are not two of them.
 
     Args:
         x: Finite rows, at least as many as components, shape ``(n, d)``.

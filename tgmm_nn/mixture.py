@@ -37,21 +37,25 @@ class GaussianMixture(nn.Module):
 
     .. math:: p(x) = \sum_{k=1}^K \pi_k N(x; \mu_k, \Sigma_k)
 
-    A fresh layer is a valid density, with equal weights, zero means and unit covariances. That is a symmetric point which `em_step`
-    alone cannot leave: give it a start by `initialize`, `fit` or `set_parameters`.
+    A fresh layer is a valid density, with equal weights, zero means and unit covariances. That is a symmetric point
+    which `em_step` alone cannot leave: give it a start by `initialize`, `fit` or `set_parameters`.
 
     Args:
         n_components: Number of components K.
         n_features: Number of features d.
-        covariance_type: ``"full"``, ``"diag"``, ``"spherical"`` (one per component), ``"tied_full"``, ``"tied_diag"`` or
-            ``"tied_spherical"`` (shared by all components). `tgmm_nn.covariance` has the table of shapes.
-        init_means: How `initialize` and `fit` choose means: ``"kmeans"`` (scikit-learn's) or ``"random"`` (rows of the data).
-        n_init: Number of starts. `initialize` takes the tightest of so many k-means runs; `fit` runs EM from each and keeps the best.
-        random_state: Seed of the starts; None derives it from ``torch.initial_seed()``. Global generators are not touched.
+        covariance_type: ``"full"``, ``"diag"``, ``"spherical"`` (one per component), ``"tied_full"``, ``"tied_diag"``
+            or ``"tied_spherical"`` (shared by all components). `tgmm_nn.covariance` has the table of shapes.
+        init_means: How `initialize` and `fit` choose means: ``"kmeans"`` (scikit-learn's) or ``"random"`` (rows of the
+            data).
+        n_init: Number of starts. `initialize` takes the tightest of so many k-means runs; `fit` runs EM from each and
+            keeps the best.
+        random_state: Seed of the starts; None derives it from ``torch.initial_seed()``. Global generators are not
+            touched.
         max_iter: Largest number of M-steps in one `fit`.
         tol: `fit` has converged when the mean log-likelihood per row changes by less than this, in nats.
         reg_covar: Number added to the diagonal of each covariance.
-        reg_covar_relative: Read ``reg_covar`` as a fraction of the mean variance of the data, so that EM does not depend on units.
+        reg_covar_relative: Read ``reg_covar`` as a fraction of the mean variance of the data, so that EM does not
+            depend on units.
         chunk_size: Rows per pass through memory; None chooses by the size of the arrays.
         device: Device of the buffers.
         dtype: Floating dtype of the parameters, float32 or wider. Sums are kept in float64.
@@ -60,7 +64,8 @@ class GaussianMixture(nn.Module):
         weights_: Mixing weights, shape ``(K,)``.
         means_: Means, shape ``(K, d)``.
         covariances_: Covariances, shape by family; computed from the factor.
-        factor_: Factor P of the precisions, :math:`\Sigma^{-1} = P P^\top`, with a leading axis of K, or of 1 when tied.
+        factor_: Factor P of the precisions, :math:`\Sigma^{-1} = P P^\top`, with a leading axis of K, or of 1 when
+            tied.
 
     Raises:
         TypeError: If an option has the wrong type.
@@ -173,7 +178,8 @@ class GaussianMixture(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         r"""Return the log-density :math:`\log p(x)` of each row, in nats.
 
-        Differentiable in ``x``; computed outside autocast, in float32 or the wider of the dtypes of ``x`` and the mixture.
+        Differentiable in ``x``; computed outside autocast, in float32 or the wider of the dtypes of ``x`` and the
+        mixture.
 
         Args:
             x: Rows, shape ``(..., d)``.
@@ -249,8 +255,9 @@ class GaussianMixture(nn.Module):
         r"""Make one EM update on ``x``, without gradient and without reading a value on the host.
 
         With ``step_size`` :math:`\rho_t` the running sums become :math:`S_t = \gamma_t S_{t-1} + s(x)`,
-        :math:`\gamma_t = \rho_{t-1} (1 / \rho_t - 1)`, and the M-step is taken at them: for batches of equal size ``x`` has the share
-        :math:`\rho_t`, a shorter batch a smaller one. In a ``torch.distributed`` world the sums of all ranks are added first.
+        :math:`\gamma_t = \rho_{t-1} (1 / \rho_t - 1)`, and the M-step is taken at them: for batches of equal size ``x``
+        has the share :math:`\rho_t`, a shorter batch a smaller one. In a ``torch.distributed`` world the sums of all
+        ranks are added first.
 
         Args:
             x: Rows, shape ``(..., d)``; rows that are not finite are left out and counted in ``n_skipped``.
@@ -259,7 +266,8 @@ class GaussianMixture(nn.Module):
             sync: Whether to add the sums of all ranks; then every rank has to call this.
 
         Returns:
-            Mean log-likelihood of the rows before the update in nats, shape ``()``; nan, and nothing changes, where no row is usable.
+            Mean log-likelihood of the rows before the update in nats, shape ``()``; nan, and nothing changes, where no
+            row is usable.
 
         Raises:
             ValueError: If ``x``, ``sample_weight`` or ``step_size`` has the wrong shape or range.
@@ -291,7 +299,8 @@ class GaussianMixture(nn.Module):
             The layer itself.
 
         Raises:
-            ValueError: If ``x`` has the wrong width, too few rows, or values that are not finite; nothing is changed then.
+            ValueError: If ``x`` has the wrong width, too few rows, or values that are not finite; nothing is changed
+                then.
         """
         start = self._start(self._data(x), self.n_init, self._generator())
         self._maximize(start)
@@ -312,7 +321,8 @@ class GaussianMixture(nn.Module):
             The layer itself.
 
         Raises:
-            ValueError: If ``x`` has the wrong width, too few rows, or values that are not finite; nothing is changed then.
+            ValueError: If ``x`` has the wrong width, too few rows, or values that are not finite; nothing is changed
+                then.
 
         Warns:
             UserWarning: If ``max_iter`` M-steps did not converge.

@@ -1,8 +1,9 @@
 r"""The additive sums that EM needs, and the algebra that chunks, minibatches and ranks share.
 
-Notation: :math:`r_{nk}` is the responsibility of component k for row n times the row's weight, :math:`o_k` the reference
-point, and :math:`[A]` the part of a matrix that a covariance structure keeps: all of it, its diagonal, or the mean of its
-diagonal.
+Notation: :math:`r_{nk}` is the responsibility of component k for row n times the row's weight, :math:`o_k` the
+    reference
+point, and :math:`[A]` the part of a matrix that a covariance structure keeps: all of it, its diagonal, or the mean of
+its diagonal.
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ class Statistics(NamedTuple):
         n_k = \sum_n r_{nk}, \qquad S^{(1)}_k = \sum_n r_{nk} (x_n - o_k), \qquad
         S^{(2)}_k = \sum_n r_{nk} [(x_n - o_k)(x_n - o_k)^\top]
 
-    They are a vector space: the sums of two batches add up to the sums of their union (`merge`), and a batch that counts half
-    is half its sums (`scale`). Chunked, minibatch and distributed EM are these two operations.
+    They are a vector space: the sums of two batches add up to the sums of their union (`merge`), and a batch that
+    counts half is half its sums (`scale`). Chunked, minibatch and distributed EM are these two operations.
 
     Attributes:
         count: :math:`n_k`, shape ``(K,)``.
         first: :math:`S^{(1)}`, shape ``(K, d)``.
-        second: :math:`S^{(2)}` in the structure's shape with a leading axis of ``K``, or of 1 (the sum over k) when tied.
+        second: :math:`S^{(2)}` in the structure's shape with a leading axis of ``K``, or of 1 (the sum over k) when
+            tied.
         log_likelihood: :math:`\sum_n w_n \log p(x_n)` in nats, shape ``()``.
         rows: Number of rows that entered the sums, shape ``()``.
         skipped: Number of rows left out because they are not finite, shape ``()``.
