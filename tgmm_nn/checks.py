@@ -99,7 +99,8 @@ def check_rows(name: str, x: Any, n_features: int) -> None:
         raise TypeError(f"Expected `{name}` to hold real numbers, but got {x.dtype}.")
     if x.ndim == 0 or x.shape[-1] != n_features:
         raise ValueError(
-            f"Expected `{name}` of shape (..., {n_features}) for a mixture of {n_features} features, but got {tuple(x.shape)}."
+            f"Expected `{name}` of shape (..., {n_features}) for a mixture of {n_features} features, "
+            f"but got {tuple(x.shape)}."
         )
 
 
@@ -110,7 +111,8 @@ def check_sample_weight(sample_weight: Any, n_rows: int) -> None:
         raise TypeError(f"Expected `sample_weight` to be a real tensor, but got {kind}.")
     if sample_weight.numel() != n_rows:
         raise ValueError(
-            f"Expected `sample_weight` with one number for each of the {n_rows} rows of `x`, but got shape {tuple(sample_weight.shape)}."
+            f"Expected `sample_weight` with one number for each of the {n_rows} rows of `x`, "
+            f"but got shape {tuple(sample_weight.shape)}."
         )
 
 

@@ -110,7 +110,7 @@ class Covariance(ABC):
 
     @abstractmethod
     def whitened_second(self, y: Tensor, r: Tensor) -> Tensor:
-        """Return the elements of ``Σ_n r_nk y_nk y_nkᵀ`` for whitened rows ``(n, K, d)`` and ``r`` of shape ``(n, K)``."""
+        """Return the elements of ``Σ_n r_nk y_nk y_nkᵀ`` for whitened rows ``(n, K, d)`` and ``r``, ``(n, K)``."""
 
     @abstractmethod
     def features(self, x: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class Covariance(ABC):
 
     @abstractmethod
     def dual(self, matrix: Tensor, n_features: int) -> Tensor:
-        """Return the coefficients that make ``features(x) @ dual(A, d)`` equal ``xᵀ A x``, shape ``(..., F)``."""
+        """Return what makes a product with ``features(x)`` the quadratic form ``xᵀ A x``, shape ``(..., F)``."""
 
     @abstractmethod
     def unpack(self, features: Tensor, n_features: int) -> Tensor:
@@ -296,7 +296,10 @@ class Diagonal(Covariance):
 
 
 class Spherical(Covariance):
-    """A multiple of the identity; the element is that number, the mean of the diagonal, so its maximiser is T / f as in the others."""
+    """A multiple of the identity; the element is that number.
+
+    It is the mean of the diagonal, so its maximiser is T / f as in the others.
+    """
 
     def shape(self, n_features: int) -> tuple[int, ...]:
         return ()

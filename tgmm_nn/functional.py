@@ -63,14 +63,16 @@ class Parameters(NamedTuple):
 
 
 def mixture_mean(parameters: Parameters) -> Tensor:
-    """Return the mean of the mixture, shape ``(d,)``: the reference point that makes float32 products safe far from zero."""
+    """Return the mean of the mixture, shape ``(d,)``: about it float32 products are safe far from zero."""
     return parameters.weights @ parameters.means
 
 
 def log_joint(x: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
     r"""Return the log of each weighted component density.
 
-    .. math:: \log \pi_k + \log N(x_n; \mu_k, \Sigma_k) = \log \pi_k + \log |P_k| - \tfrac12 |P_k^\top (x_n - \mu_k)|^2 - \tfrac d2 \log 2\pi
+    .. math::
+        \log \pi_k + \log N(x_n; \mu_k, \Sigma_k)
+        = \log \pi_k + \log |P_k| - \tfrac12 |P_k^\top (x_n - \mu_k)|^2 - \tfrac d2 \log 2\pi
 
     Args:
         x: Rows, shape ``(n, d)``.
@@ -90,7 +92,7 @@ def log_joint(x: Tensor, parameters: Parameters, covariance: Covariance) -> Tens
 
 
 def log_density(x: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
-    r"""Return :math:`\log p(x_n) = \log \sum_k \pi_k N(x_n; \mu_k, \Sigma_k)`, shape ``(n,)``; −∞ for a row at infinity.
+    r"""Return :math:`\log p(x_n) = \log \sum_k \pi_k N(x_n; \mu_k, \Sigma_k)`, shape ``(n,)``; −∞ at infinity.
 
     Differentiable, also twice. Oracle: ``torch.distributions.MixtureSameFamily``.
     """
@@ -162,7 +164,8 @@ def moment_statistics(
 
     .. math::
         \log \pi_k N(x_n; \mu_k, \Sigma_k) = \langle \phi(x_n), \theta_k \rangle, \qquad
-        \theta_k = [\log \pi_k + \log |P_k| - \tfrac d2 \log 2\pi - \tfrac12 \tilde\mu_k^\top A_k \tilde\mu_k,\; A_k \tilde\mu_k,\; -\tfrac12 A_k],
+        \theta_k = [\log \pi_k + \log |P_k| - \tfrac d2 \log 2\pi - \tfrac12 \tilde\mu_k^\top A_k \tilde\mu_k,\;
+        A_k \tilde\mu_k,\; -\tfrac12 A_k],
 
     and the sums are :math:`\sum_n r_{nk} \phi(x_n)`. The relative error of a covariance is about `conditioning` times
     the dtype's epsilon.
@@ -267,8 +270,9 @@ def hard_statistics(x: Tensor, labels: Tensor, origin: Tensor, covariance: Covar
 
 
 def statistics_of(weights: Tensor, means: Tensor, covariances: Tensor, covariance: Covariance) -> Statistics:
-    r"""Return the expected sums of one row drawn from a mixture: :math:`n_k = \pi_k`, zero first moment, :math:`\pi_k \Sigma_k`.
+    r"""Return the expected sums of one row drawn from a mixture.
 
+    They are :math:`n_k = \pi_k`, a first moment of zero about the means, and a second of :math:`\pi_k \Sigma_k`.
     `maximize` maps them back to the same parameters.
 
     Args:
@@ -304,7 +308,8 @@ def maximize(
 
     .. math::
         \pi_k = \frac{n_k}{\sum_j n_j}, \qquad \mu_k = o_k + \frac{S^{(1)}_k}{n_k}, \qquad
-        T_k = S^{(2)}_k - \frac{[S^{(1)}_k S^{(1)\top}_k]}{n_k}, \qquad \Sigma_k = \frac{T_k}{n_k}, \quad \Sigma_{tied} = \frac{\sum_k T_k}{\sum_k n_k},
+        T_k = S^{(2)}_k - \frac{[S^{(1)}_k S^{(1)\top}_k]}{n_k}, \qquad
+        \Sigma_k = \frac{T_k}{n_k}, \quad \Sigma_{tied} = \frac{\sum_k T_k}{\sum_k n_k},
 
     and then ``reg_covar`` is added to the diagonal. A component that no row supports keeps its mean and covariance and
     gets weight 0. A covariance that has no factor is lifted on its diagonal once, else the current factor stays.
@@ -342,7 +347,10 @@ def maximize(
 
 
 def scatter(statistics: Statistics, covariance: Covariance) -> Tensor:
-    r"""Return the scatter about the weighted means, :math:`T_k = S^{(2)}_k - [S^{(1)}_k S^{(1)\top}_k] / n_k`, summed over k when tied."""
+    r"""Return the scatter about the weighted means, summed over k when tied.
+
+    .. math:: T_k = S^{(2)}_k - [S^{(1)}_k S^{(1)\top}_k] / n_k
+    """
     alive = _supported(statistics.count)
     first = torch.where(alive[:, None], statistics.first, 0.0)
     shift = first / torch.where(alive, statistics.count, 1.0)[:, None]
@@ -350,7 +358,9 @@ def scatter(statistics: Statistics, covariance: Covariance) -> Tensor:
 
 
 def conditioning(scale: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
-    r"""Return :math:`b = \max_k s^\top |A_k| s`, the squared range of the data in standard deviations of its narrowest component.
+    r"""Return the squared range of the data in standard deviations of its narrowest component.
+
+    .. math:: b = \max_k s^\top |A_k| s, \qquad A_k = P_k P_k^\top
 
     The covariance error of `moment_statistics` is at most about b times the dtype's epsilon.
 

@@ -32,7 +32,7 @@ def canonical_order(x: Tensor) -> Tensor:
 
 
 def kmeans(x: Tensor, n_components: int, n_init: int, generator: torch.Generator) -> Tensor:
-    """Return the centres of scikit-learn's k-means (k-means++ start, best of ``n_init``), shape ``(K, d)``; runs on the CPU."""
+    """Return the centres of scikit-learn's k-means (k-means++, best of ``n_init``), shape ``(K, d)``; on the CPU."""
     python_state = random.getstate()  # importing scikit-learn moves Python's own generator
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning

@@ -1,4 +1,7 @@
-"""`GaussianMixture`: a Gaussian mixture as a PyTorch layer. The mathematics is in `tgmm_nn.functional`; this file holds the state."""
+"""`GaussianMixture`: a Gaussian mixture as a PyTorch layer.
+
+The mathematics is in `tgmm_nn.functional`; this file holds the state.
+"""
 
 from __future__ import annotations
 
@@ -290,7 +293,9 @@ class GaussianMixture(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> GaussianMixture:
-        """Set a start for EM from the rows ``x``: means by ``init_means``, equal weights, covariances of the nearest rows.
+        """Set a start for EM from the rows ``x``.
+
+        Means are chosen by ``init_means``, weights are equal, and covariances are those of the nearest rows.
 
         Args:
             x: Finite rows, at least K of them, shape ``(n, d)``; moved to the mixture's device.
@@ -310,9 +315,10 @@ class GaussianMixture(nn.Module):
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> GaussianMixture:
-        """Run EM on ``x`` from ``n_init`` starts until the mean log-likelihood changes by less than ``tol``; keep the best.
+        """Run EM on ``x`` from ``n_init`` starts and keep the best.
 
-        Fits the rows that this process holds; `em_step` adds over ranks. The layer is written once, at the end.
+        Each runs until the mean log-likelihood changes by less than ``tol``, or for ``max_iter`` M-steps. Fits the rows
+        that this process holds; `em_step` adds over ranks. The layer is written once, at the end.
 
         Args:
             x: Finite rows, at least K of them, shape ``(n, d)``; moved to the mixture's device.
@@ -354,7 +360,9 @@ class GaussianMixture(nn.Module):
 
     @torch.no_grad()
     def set_parameters(self, weights: Any, means: Any, covariances: Any) -> GaussianMixture:
-        """Set the mixture; its own expected sums become the running ones, so that minibatch EM moves it by its share only.
+        """Set the mixture.
+
+        Its own expected sums become the running ones, so that minibatch EM moves it by its share only.
 
         Args:
             weights: Non-negative and summing to one, shape ``(K,)``.
@@ -453,7 +461,7 @@ class GaussianMixture(nn.Module):
     # ------------------------------------------------------------------------------------------------ the state
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return what travels with ``state_dict`` besides buffers: the options that shape it, and the trace of `fit`."""
+        """Return what travels with ``state_dict`` besides buffers: options that shape it, and the trace of `fit`."""
         return {**{name: getattr(self, name) for name in OPTIONS}, "history": list(self.history_)}
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
@@ -484,7 +492,10 @@ class GaussianMixture(nn.Module):
         theirs = {name: options[name] for name in OPTIONS if name in options}
         ours = {name: getattr(self, name) for name in theirs}
         if theirs != ours:
-            return f"Expected the state of a GaussianMixture with {ours}, but got one with {theirs}; build the layer with these options."
+            return (
+                f"Expected the state of a GaussianMixture with {ours}, but got one with {theirs}; "
+                "build the layer with these options."
+            )
         for name, buffer in self.named_buffers(recurse=False):
             value = state_dict.get(prefix + name)
             if isinstance(value, Tensor) and value.shape != buffer.shape:

@@ -1,9 +1,8 @@
 r"""The additive sums that EM needs, and the algebra that chunks, minibatches and ranks share.
 
 Notation: :math:`r_{nk}` is the responsibility of component k for row n times the row's weight, :math:`o_k` the
-    reference
-point, and :math:`[A]` the part of a matrix that a covariance structure keeps: all of it, its diagonal, or the mean of
-its diagonal.
+reference point, and :math:`[A]` the part of a matrix that a covariance structure keeps: all of it, its diagonal, or the
+mean of its diagonal.
 """
 
 from __future__ import annotations
