@@ -64,6 +64,10 @@ def test_internal_undoes_public(covariance, elements):
     assert torch.equal(covariance.internal(covariance.public(elements)), elements)
 
 
+def test_matrix_writes_each_element_as_a_dense_matrix(covariance, elements):
+    assert torch.equal(covariance.matrix(elements, D), dense(elements, D))
+
+
 def test_identity_is_the_unit_matrix_and_its_own_factor(covariance):
     identity = covariance.identity(K, D)
     assert torch.equal(dense(identity, D), torch.eye(D).expand(covariance.leading(K), D, D))

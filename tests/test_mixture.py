@@ -9,6 +9,7 @@ from oracles import (
     assert_near,
     assert_same_buffers,
     copy_of_buffers,
+    dense,
     distribution,
     joint,
     random_layer,
@@ -253,6 +254,12 @@ def test_the_layer_does_not_share_memory_with_what_it_was_given(layer):
     gmm.set_parameters(gmm.weights_, means, gmm.covariances_)
     means.zero_()
     assert (gmm.means_ == 1).all()
+
+
+def test_covariance_matrices_write_every_family_as_matrices_of_each_component(layer):
+    gmm = layer()
+    expected = dense(gmm.covariance.internal(gmm.covariances_), 2).expand(3, -1, -1)
+    assert_near(gmm.covariance_matrices(), expected)
 
 
 @pytest.mark.parametrize(
