@@ -3,6 +3,8 @@
 import copy
 import pickle
 import random
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -183,6 +185,16 @@ def test_global_generators_are_neither_seeded_nor_advanced(method, init_means, c
     assert [pickle.dumps(np.random.get_state()), random.getstate()] == states[1:]  # noqa: NPY002
 
 
+def test_the_first_import_of_scikit_learn_does_not_move_python_own_generator():
+    """It does by itself, which a process that has imported it cannot show."""
+    code = (
+        "import random, torch, tgmm_nn; state = random.getstate(); x = torch.arange(10.0)[:, None]; "
+        "tgmm_nn.GaussianMixture(2, 1).initialize(x); print(random.getstate() == state)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert run.stdout.split() == ["True"]
+
+
 @pytest.mark.parametrize("init_means", ["kmeans", "random"])
 def test_the_order_of_rows_does_not_matter(family, init_means, clusters, generator):
     gmm = partial(GaussianMixture, 3, 2, family, init_means=init_means, tol=1e-6, max_iter=500, dtype=torch.float64)
@@ -213,6 +225,16 @@ def test_a_float32_fit_agrees_with_float64_to_the_rounding_of_the_data(family, o
     torch.testing.assert_close(one.covariances_.double(), other.covariances_, rtol=0, atol=tolerance)
     torch.testing.assert_close(one.means_.double(), other.means_, rtol=0, atol=tolerance)
     assert one.lower_bound_ == pytest.approx(other.lower_bound_, abs=tolerance)
+
+
+@TO_THE_END
+def test_a_float32_fit_of_narrow_clusters_far_apart_is_accurate(family, generator):
+    """Sums about one common point, which `fit` uses where it may, would keep three digits of these variances."""
+    x = torch.eye(3, 2).repeat(100, 1) + 0.003 * torch.randn(300, 2, generator=generator)
+    options = {"random_state": 0, "reg_covar": 0.0, "max_iter": 5, "tol": 0.0}
+    one, other = (GaussianMixture(3, 2, family, dtype=t, **options).fit(x) for t in (torch.float32, torch.float64))
+    scale = float(other.covariances_.abs().max())
+    assert_near(one.covariances_.double() / scale, other.covariances_ / scale, 3e-5)
 
 
 def test_fit_needs_no_graph_and_leaves_none(family, clusters):

@@ -248,6 +248,12 @@ def test_set_parameters_takes_lists_arrays_and_tensors(family, convert, generato
         assert_near(got, given.float(), 1e-6)
 
 
+def test_weights_that_were_rounded_are_normalised():
+    gmm = GaussianMixture(3, 1, "tied_spherical", dtype=torch.float64)
+    gmm.set_parameters([0.3333, 0.3333, 0.3333], [[0.0], [1.0], [2.0]], 1.0)
+    assert_near(gmm.weights_, torch.full((3,), 1 / 3, dtype=torch.float64))
+
+
 def test_the_layer_does_not_share_memory_with_what_it_was_given(layer):
     gmm = layer()
     means = torch.ones(3, 2).double()
