@@ -11,11 +11,25 @@ from pathlib import Path
 
 import hydra
 import lightning
+import torch
 from omegaconf import DictConfig, OmegaConf
+from threadpoolctl import threadpool_limits
 
+from tgmm_nn.checks import check_integer
 from tgmm_nn.experiments.reports import Row, format_table, plot_metrics
 
-KEYS = ("name", "seed", "ckpt_path", "data", "model", "gmm", "callbacks", "logger", "trainer", "paths")
+KEYS = ("name", "seed", "num_threads", "ckpt_path", "data", "model", "gmm", "callbacks", "logger", "trainer", "paths")
+
+
+# Hints of Lightning and torchmetrics that do not apply: data in memory, short epochs, a run's own folder.
+NOT_FOR_US = (
+    ".*does not have many workers.*",
+    ".*is smaller than the logging interval.*",
+    ".*exists and is not empty.*",
+    ".*LeafSpec.*is deprecated.*",
+    "Sparse invariant checks.*",
+    "The dirpath has changed.*",  # a resumed run writes into a folder of its own
+)
 
 
 def check_keys(cfg: DictConfig) -> None:
@@ -29,6 +43,15 @@ def check_keys(cfg: DictConfig) -> None:
             )
 
 
+def check_values(cfg: DictConfig) -> None:
+    """Raise if a value that no constructor of ours checks has the wrong type, or if a checkpoint does not exist."""
+    check_integer("seed", cfg.seed, minimum=0)
+    check_integer("num_threads", cfg.num_threads, optional=True)
+    check_integer("trainer.max_epochs", cfg.trainer.max_epochs, minimum=-1)
+    if cfg.ckpt_path is not None and not Path(str(cfg.ckpt_path)).is_file():
+        raise ValueError(f"Expected `ckpt_path` to be a file, but got {cfg.ckpt_path!r}.")
+
+
 def train(cfg: DictConfig) -> list[Row]:
     """Build what the config says, train, and report; everything is written to the run's folder."""
     folder = Path(cfg.paths.output_dir)
@@ -37,6 +60,9 @@ def train(cfg: DictConfig) -> list[Row]:
     (folder / "config.yaml").write_text(resolved)
     print(resolved)
 
+    if cfg.num_threads is not None:
+        torch.set_num_threads(cfg.num_threads)
+        threadpool_limits(cfg.num_threads)  # scikit-learn's and NumPy's
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     # Plain containers: a DictConfig in a module's state cannot be loaded with weights_only=True.
     data = hydra.utils.instantiate(cfg.data, _convert_="all")
@@ -70,10 +96,11 @@ def main(cfg: DictConfig) -> None:
     """Compose the config and train."""
     try:
         check_keys(cfg)
-    except ValueError as error:
+        check_values(cfg)
+    except (TypeError, ValueError) as error:
         sys.exit(str(error))
-    # Hints of Lightning's that do not apply to in-memory data and short runs.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    for hint in NOT_FOR_US:
+        warnings.filterwarnings("ignore", message=hint)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     train(cfg)
 

@@ -130,28 +130,28 @@ def test_log_det_is_that_of_the_dense_factor(covariance, elements, factor):
 def test_whitened_rows_have_the_mahalanobis_distance_as_squared_length(covariance, elements, factor, x):
     means = x[:K] + 1.0
     y = covariance.whiten(x, means, factor)
-    centred = x[:, None] - means
-    distance = (centred * torch.linalg.solve(dense(elements, D), centred[..., None]).squeeze(-1)).sum(-1)
-    assert y.shape == (7, K, D)
+    centred = x - means[:, None]
+    distance = (centred * torch.linalg.solve(dense(elements, D)[:, None], centred[..., None]).squeeze(-1)).sum(-1)
+    assert y.shape == (K, 7, D)
     assert_near(y.square().sum(-1), distance)
 
 
 def test_congruence_gives_whitened_sums_the_units_of_the_data(family, covariance, factor, x, generator):
-    means, r = x[:K] + 1.0, torch.rand(7, K, generator=generator, dtype=torch.float64)
+    means, r = x[:K] + 1.0, torch.rand(K, 7, generator=generator, dtype=torch.float64)
     y = covariance.whiten(x, means, factor)
     got = covariance.congruence(covariance.root(factor), covariance.whitened_second(y, r))
     centred = x[:, None] - means
-    assert_near(got, restrict(torch.einsum("nk,nki,nkj->kij", r, centred, centred), family))
+    assert_near(got, restrict(torch.einsum("kn,nki,nkj->kij", r, centred, centred), family))
 
 
 def test_features_times_the_dual_of_a_matrix_is_its_quadratic_form(covariance, elements, x):
-    got = covariance.features(x) @ covariance.dual(elements, D).mT
-    assert_near(got, torch.einsum("ni,kij,nj->nk", x, dense(elements, D), x))
+    got = covariance.dual(elements, D) @ covariance.features(x.mT)
+    assert_near(got, torch.einsum("ni,kij,nj->kn", x, dense(elements, D), x))
 
 
 def test_features_unpack_into_the_outer_product(covariance, x):
-    assert torch.equal(covariance.unpack(covariance.features(x), D), covariance.outer(x, x))
-    assert_near(covariance.unpack(covariance.features(x).sum(0), D), covariance.outer(x, x).sum(0))
+    assert torch.equal(covariance.unpack(covariance.features(x.mT).mT, D), covariance.outer(x, x))
+    assert_near(covariance.unpack(covariance.features(x.mT).sum(-1), D), covariance.outer(x, x).sum(0))
 
 
 def test_lift_adds_a_small_fraction_of_the_mean_variance(covariance, elements):

@@ -110,15 +110,15 @@ class Covariance(ABC):
 
     @abstractmethod
     def whitened_second(self, y: Tensor, r: Tensor) -> Tensor:
-        """Return the elements of ``Σ_n r_nk y_nk y_nkᵀ`` for whitened rows ``(n, K, d)`` and ``r``, ``(n, K)``."""
+        """Return the elements of ``Σ_n r_nk y_nk y_nkᵀ`` for whitened rows ``(K, n, d)`` and ``r``, ``(K, n)``."""
 
     @abstractmethod
     def features(self, x: Tensor) -> Tensor:
-        """Return the independent entries of each row's element ``[x xᵀ]``, shape ``(n, F)``."""
+        """Return the independent entries of ``[x xᵀ]`` for rows that are the columns of ``(d, n)``, shape ``(F, n)``."""
 
     @abstractmethod
     def dual(self, matrix: Tensor, n_features: int) -> Tensor:
-        """Return what makes a product with ``features(x)`` the quadratic form ``xᵀ A x``, shape ``(..., F)``."""
+        """Return what makes a product with `features` the quadratic form ``xᵀ A x``, shape ``(..., F)``."""
 
     @abstractmethod
     def unpack(self, features: Tensor, n_features: int) -> Tensor:
@@ -205,19 +205,14 @@ class Full(Covariance):
         return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
     def whiten(self, x: Tensor, means: Tensor, factor: Tensor) -> Tensor:
-        # One product with all factors side by side, (n, d) x (d, K·d); the means are whitened apart and subtracted.
-        n_features = x.shape[-1]
-        stacked = factor.movedim(0, 1).reshape(n_features, -1)
-        y = (x @ stacked).unflatten(-1, (-1, n_features))
-        return y - (means.unsqueeze(-2) @ factor).squeeze(-2)
+        # One product for each factor; the means are whitened apart and subtracted.
+        return x.expand(len(factor), -1, -1).bmm(factor) - means.unsqueeze(-2) @ factor
 
     def whitened_second(self, y: Tensor, r: Tensor) -> Tensor:
-        y = y.movedim(0, 1)
-        return self.pool((y * r.mT.unsqueeze(-1)).mT @ y)
+        return self.pool((y * r.unsqueeze(-1)).mT @ y)
 
     def features(self, x: Tensor) -> Tensor:
-        i, j = self._pairs(x)
-        return x[:, i] * x[:, j]
+        return torch.cat([x[i:] * x[i] for i in range(len(x))])
 
     def dual(self, matrix: Tensor, n_features: int) -> Tensor:
         i, j = self._pairs(matrix)
@@ -280,10 +275,10 @@ class Diagonal(Covariance):
         return factor.log().sum(-1)
 
     def whiten(self, x: Tensor, means: Tensor, factor: Tensor) -> Tensor:
-        return (x.unsqueeze(-2) - means) * factor
+        return (x - means.unsqueeze(-2)) * factor.unsqueeze(-2)
 
     def whitened_second(self, y: Tensor, r: Tensor) -> Tensor:
-        return self.pool(torch.einsum("nk,nkd->kd", r, y.square()))
+        return self.pool(torch.einsum("kn,knd->kd", r, y.square()))
 
     def features(self, x: Tensor) -> Tensor:
         return x.square()
@@ -342,13 +337,13 @@ class Spherical(Covariance):
         return n_features * factor.log()
 
     def whiten(self, x: Tensor, means: Tensor, factor: Tensor) -> Tensor:
-        return (x.unsqueeze(-2) - means) * factor.unsqueeze(-1)
+        return (x - means.unsqueeze(-2)) * factor[:, None, None]
 
     def whitened_second(self, y: Tensor, r: Tensor) -> Tensor:
-        return self.pool((r * y.square().mean(-1)).sum(0))
+        return self.pool((r * y.square().mean(-1)).sum(-1))
 
     def features(self, x: Tensor) -> Tensor:
-        return x.square().mean(-1, keepdim=True)
+        return x.square().mean(0, keepdim=True)
 
     def dual(self, matrix: Tensor, n_features: int) -> Tensor:
         return n_features * matrix.unsqueeze(-1)

@@ -67,9 +67,9 @@ class Fit(NamedTuple):
 def fit_from(start: Statistics, x: Tensor, fresh: Parameters, options: Options) -> Fit:
     r"""Run EM from the M-step of ``start`` until the mean log-likelihood changes by less than ``tol``.
 
-    The parameters stay in the dtype of the sums between steps. Each E-step takes the fast form where the conditioning
-    of the current parameters leaves half of the digits of the data's dtype,
-    :math:`b\,\varepsilon \le \sqrt\varepsilon`, and the whitened one elsewhere.
+    The parameters stay in the dtype of the sums between steps. An E-step takes `moment_statistics` where that forms
+    fewer numbers from a row than whitening does, and the conditioning of the current parameters leaves half of the
+    digits of the data's dtype, :math:`b\,\varepsilon \le \sqrt\varepsilon`; it takes `whitened_statistics` elsewhere.
 
     Args:
         start: Statistics whose M-step is the start.
@@ -85,8 +85,9 @@ def fit_from(start: Statistics, x: Tensor, fresh: Parameters, options: Options) 
 
     parameters, statistics, history = maximize(start, fresh), start, list[float]()
     scale, bound = _scale(x), torch.finfo(x.dtype).eps ** -0.5
+    narrower = functional.moment_width(parameters, options.covariance) <= parameters.means.numel()
     while True:
-        moments = bool(functional.conditioning(scale, parameters, options.covariance) <= bound)
+        moments = narrower and bool(functional.conditioning(scale, parameters, options.covariance) <= bound)
         expected = functional.expectation(
             x, parameters, options.covariance, moments=moments, chunk_size=options.chunk_size
         )

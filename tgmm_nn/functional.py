@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 from typing import NamedTuple
 
 import torch
@@ -35,6 +35,7 @@ __all__ = [
     "maximize",
     "mixture_mean",
     "moment_statistics",
+    "moment_width",
     "per_element",
     "scatter",
     "statistics_of",
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 LOG_2PI = math.log(2.0 * math.pi)
+LOG2_E = math.log2(math.e)
 
 
 class Parameters(NamedTuple):
@@ -88,7 +90,8 @@ def log_joint(x: Tensor, parameters: Parameters, covariance: Covariance) -> Tens
         >>> log_joint(torch.zeros(1, 1), one, Spherical())
         tensor([[-0.9189]])
     """
-    return _log_joint_of_whitened(_whiten(x, parameters, covariance), parameters, covariance)
+    rows, about, _ = _centre(x, parameters)
+    return _log_joint_of_whitened(covariance.whiten(rows, about.means, about.factor), about, covariance).mT
 
 
 def log_density(x: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
@@ -97,8 +100,10 @@ def log_density(x: Tensor, parameters: Parameters, covariance: Covariance) -> Te
     Differentiable, also twice. Oracle: ``torch.distributions.MixtureSameFamily``.
     """
     # inf - inf would give nan: a row at infinity, or whose square is there, is scored apart and has no gradient.
-    near, usable = _mask_rows(x, mixture_mean(parameters))
-    value = log_joint(near, parameters, covariance).logsumexp(-1)
+    rows, about, _ = _centre(x, parameters)
+    near, usable = _mask_rows(rows)
+    y = covariance.whiten(near, about.means, about.factor)
+    value = _log_joint_of_whitened(y, about, covariance).logsumexp(0)
     return torch.where(usable, value, torch.where(torch.isnan(x).any(-1), torch.nan, -torch.inf))
 
 
@@ -118,7 +123,7 @@ def whitened_statistics(
 
     Args:
         x: Rows, shape ``(n, d)``.
-        parameters: Parameters of the E-step, in the dtype of ``x``.
+        parameters: Parameters of the E-step; centred in their own dtype, then used in that of ``x``.
         covariance: Structure of the covariances.
         sample_weight: Non-negative weight of each row, shape ``(n,)``; a row of weight 2 counts as two rows.
         log_prior: Log-prior of each row over components in nats, shape ``(n, K)``, added to the joint; −inf forbids a
@@ -130,21 +135,22 @@ def whitened_statistics(
     References:
         Dempster, Laird and Rubin, Maximum likelihood from incomplete data via the EM algorithm, 1977.
     """
-    x, usable = _mask_rows(x, mixture_mean(parameters))
-    y = _whiten(x, parameters, covariance)
+    rows, about, origin = _centre(x, parameters)
+    rows, usable = _mask_rows(rows)
+    y = covariance.whiten(rows, about.means, about.factor)
     r, log_likelihood, usable = _responsibilities(
-        _log_joint_of_whitened(y, parameters, covariance), usable, sample_weight, log_prior
+        _log_joint_of_whitened(y, about, covariance), usable, sample_weight, log_prior
     )
     wide = accumulator_dtype(x.device)
-    root = covariance.root(parameters.factor.to(wide))
+    root = covariance.root(about.factor.to(wide))
     return Statistics(
-        count=r.sum(0).to(wide),
-        first=covariance.apply(root, torch.einsum("nk,nkd->kd", r, y).to(wide)),
+        count=r.sum(-1).to(wide),
+        first=covariance.apply(root, torch.einsum("kn,knd->kd", r, y).to(wide)),
         second=covariance.congruence(root, covariance.whitened_second(y, r).to(wide)),
         log_likelihood=log_likelihood.to(wide),
         rows=usable.sum().to(wide),
         skipped=(~usable).sum().to(wide),
-        origin=parameters.means,
+        origin=origin.to(wide) + about.means.to(wide),
         covariance=covariance,
     )
 
@@ -153,13 +159,12 @@ def moment_statistics(
     x: Tensor,
     parameters: Parameters,
     covariance: Covariance,
-    origin: Tensor,
     sample_weight: Tensor | None = None,
     log_prior: Tensor | None = None,
 ) -> Statistics:
     r"""Sum the same as `whitened_statistics`, about one reference point and by two matrix products.
 
-    With the rows :math:`\phi(x) = [1, \tilde x, [\tilde x \tilde x^\top]]` about the reference point o, and
+    With :math:`\phi(x) = [1, \tilde x, [\tilde x \tilde x^\top]]` about the reference point o, and
     :math:`A_k = P_k P_k^\top`,
 
     .. math::
@@ -170,16 +175,17 @@ def moment_statistics(
     and the sums are :math:`\sum_n r_{nk} \phi(x_n)`. The relative error of a covariance is about `conditioning` times
     the dtype's epsilon.
 
-    Args and returns are those of `whitened_statistics`, but for ``origin``, the reference point of shape ``(d,)``.
+    Args and returns are those of `whitened_statistics`, but for the reference point, the mixture's mean.
     """
     n_features = x.shape[-1]
-    x, usable = _mask_rows(x, origin)
-    centred = x - origin
-    phi = torch.cat([torch.ones_like(centred[:, :1]), centred, covariance.features(centred)], -1)
-    joint = phi @ _natural_parameters(parameters, covariance, origin).mT
+    rows, about, origin = _centre(x, parameters)
+    rows, usable = _mask_rows(rows)
+    columns = rows.mT.contiguous()
+    phi = torch.cat([torch.ones_like(columns[:1]), columns, covariance.features(columns)])
+    joint = _natural_parameters(about, covariance) @ phi
     r, log_likelihood, usable = _responsibilities(joint, usable, sample_weight, log_prior)
     wide = accumulator_dtype(x.device)
-    sums = (r.mT @ phi).to(wide)
+    sums = (r @ phi.mT).to(wide)
     return Statistics(
         count=sums[:, 0],
         first=sums[:, 1 : 1 + n_features],
@@ -206,29 +212,28 @@ def expectation(
 
     Args:
         x: Rows, shape ``(n, d)``.
-        parameters: Parameters of the E-step; used in the dtype of ``x``.
+        parameters: Parameters of the E-step, in any dtype.
         covariance: Structure of the covariances.
         sample_weight: Non-negative weight of each row, shape ``(n,)``.
         log_prior: Log-prior of each row over components, shape ``(n, K)``.
         moments: Use `moment_statistics`, where `conditioning` allows it.
         chunk_size: Rows in a chunk; None chooses by the size of the arrays.
     """
-    parameters = parameters.to(x.dtype)
-    origin = mixture_mean(parameters)
-    width = 1 + len(origin) + covariance.features(origin[None]).shape[-1] if moments else parameters.means.numel()
-
-    def sums(rows: Tensor, weight: Tensor | None, prior: Tensor | None) -> Statistics:
-        if moments:
-            return moment_statistics(rows, parameters, covariance, origin, weight, prior)
-        return whitened_statistics(rows, parameters, covariance, weight, prior)
-
+    sums = partial(moment_statistics if moments else whitened_statistics, parameters=parameters, covariance=covariance)
+    width = moment_width(parameters, covariance) if moments else parameters.means.numel()
     size = chunk_size or _rows_per_chunk(width, x.element_size())
     if len(x) <= size:
-        return sums(x, sample_weight, log_prior)
+        return sums(x, sample_weight=sample_weight, log_prior=log_prior)
     rows = x.split(size)
     weights = [None] * len(rows) if sample_weight is None else sample_weight.split(size)
     priors = [None] * len(rows) if log_prior is None else log_prior.split(size)
-    return reduce(Statistics.merge, map(sums, rows, weights, priors))
+    chunks = zip(rows, weights, priors, strict=True)
+    return reduce(Statistics.merge, (sums(row, sample_weight=w, log_prior=p) for row, w, p in chunks))
+
+
+def moment_width(parameters: Parameters, covariance: Covariance) -> int:
+    """Return how many numbers `moment_statistics` forms from a row; `whitened_statistics` forms K · d."""
+    return 1 + parameters.means.shape[-1] + len(covariance.features(parameters.means[:1].mT))
 
 
 def map_rows(
@@ -253,19 +258,9 @@ def hard_statistics(x: Tensor, labels: Tensor, origin: Tensor, covariance: Covar
     Returns:
         Statistics about ``origin`` with a log-likelihood of 0.
     """
-    wide = accumulator_dtype(x.device)
-    centred = (x - origin.to(x.dtype)[labels]).to(wide)
-    zeros = torch.zeros(len(origin), *covariance.shape(x.shape[-1]), dtype=wide, device=x.device)
-    second = zeros.index_add(0, labels, covariance.outer(centred, centred))
-    return Statistics(
-        count=torch.bincount(labels, minlength=len(origin)).to(wide),
-        first=torch.zeros_like(origin, dtype=wide).index_add(0, labels, centred),
-        second=covariance.pool(second),
-        log_likelihood=torch.zeros((), dtype=wide, device=x.device),
-        rows=torch.full((), len(x), dtype=wide, device=x.device),
-        skipped=torch.zeros((), dtype=wide, device=x.device),
-        origin=origin,
-        covariance=covariance,
+    return reduce(
+        Statistics.merge,
+        (_hard_chunk(rows, k, origin, covariance) for rows, k in zip(x.split(4096), labels.split(4096), strict=True)),
     )
 
 
@@ -370,12 +365,30 @@ def conditioning(scale: Tensor, parameters: Parameters, covariance: Covariance) 
         covariance: Structure of the covariances.
     """
     precision = covariance.square(parameters.factor).abs()
-    return (covariance.features(scale[None]) @ covariance.dual(precision, len(scale)).mT).amax()
+    return (covariance.dual(precision, len(scale)) @ covariance.features(scale[:, None])).amax()
 
 
 def per_element(value: Tensor, element: Tensor) -> Tensor:
     """Return one number per element, shaped to broadcast against the elements."""
     return value.reshape(-1, *(1,) * (element.ndim - 1))
+
+
+def _hard_chunk(x: Tensor, labels: Tensor, origin: Tensor, covariance: Covariance) -> Statistics:
+    wide = accumulator_dtype(x.device)
+    columns = (x - origin.to(x.dtype)[labels]).mT.contiguous()
+    members = torch.nn.functional.one_hot(labels, len(origin)).to(x.dtype).mT
+    features = (members @ covariance.features(columns).mT).to(wide)
+    zero = torch.zeros((), dtype=wide, device=x.device)
+    return Statistics(
+        count=members.sum(-1).to(wide),
+        first=(members @ columns.mT).to(wide),
+        second=covariance.pool(covariance.unpack(features, x.shape[-1])),
+        log_likelihood=zero,
+        rows=zero + len(x),
+        skipped=zero,
+        origin=origin,
+        covariance=covariance,
+    )
 
 
 def accumulator_dtype(device: torch.device) -> torch.dtype:
@@ -393,56 +406,65 @@ def _supported(mass: Tensor) -> Tensor:
     return mass > torch.finfo(mass.dtype).tiny
 
 
-def _whiten(x: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
-    """Whiten rows for every component, about the mixture's mean: far from zero a product of raw rows would cancel."""
-    origin = mixture_mean(parameters)
-    return covariance.whiten(x - origin, parameters.means - origin, parameters.factor)
+def _centre(x: Tensor, parameters: Parameters) -> tuple[Tensor, Parameters, Tensor]:
+    """Return rows and parameters about the mixture's mean, in the dtype of the rows, and that mean.
+
+    Far from zero a product of raw rows would cancel. The mean is rounded to the rows' dtype, so that their difference is
+    exact, and the parameters are centred before they are rounded.
+    """
+    origin = mixture_mean(parameters).to(x.dtype)
+    about = parameters._replace(means=parameters.means - origin)
+    return x - origin, about.to(x.dtype), origin
 
 
 def _log_joint_of_whitened(y: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
     constant = (
         parameters.weights.log() + covariance.log_det(parameters.factor, y.shape[-1]) - 0.5 * y.shape[-1] * LOG_2PI
     )
-    return constant - 0.5 * y.square().sum(-1)
+    return constant.unsqueeze(-1) - 0.5 * y.square().sum(-1)
 
 
-def _natural_parameters(parameters: Parameters, covariance: Covariance, origin: Tensor) -> Tensor:
-    """Return θ of `moment_statistics`, shape ``(K, 1 + d + F)``."""
-    n_components, n_features = parameters.means.shape
-    means = parameters.means - origin
-    precision = covariance.square(parameters.factor)
+def _natural_parameters(parameters: Parameters, covariance: Covariance) -> Tensor:
+    """Return θ of `moment_statistics` for centred parameters, shape ``(K, 1 + d + F)``."""
+    weights, means, factor = parameters
+    n_components, n_features = means.shape
+    precision = covariance.square(factor)
     linear = covariance.apply(precision, means)
     constant = (
-        parameters.weights.log()
-        + covariance.log_det(parameters.factor, n_features)
+        weights.log()
+        + covariance.log_det(factor, n_features)
         - 0.5 * (n_features * LOG_2PI + (means * linear).sum(-1))
     )
     quadratic = covariance.dual(precision, n_features).expand(n_components, -1)
     return torch.cat([constant[:, None], linear, -0.5 * quadratic], -1)
 
 
-def _mask_rows(x: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
-    """Replace rows that are not finite, or whose squared length overflows, by the origin; say which rows stay."""
-    usable = torch.isfinite((x - origin).square().sum(-1))
-    return torch.where(usable[:, None], x, origin), usable
+def _mask_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Replace centred rows that are not finite, or whose squared length overflows, by zero; say which rows stay."""
+    usable = torch.isfinite(rows.square().sum(-1))
+    return torch.where(usable[:, None], rows, 0.0), usable
 
 
 def _responsibilities(
     joint: Tensor, usable: Tensor, sample_weight: Tensor | None, log_prior: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the weighted responsibilities ``(n, K)``, the weighted log-likelihood and which rows entered."""
+    """Return the weighted responsibilities ``(K, n)``, the weighted log-likelihood and which rows entered.
+
+    Components come first, since a softmax over the first axis runs along the rows. The exponential is taken in base 2:
+    where it underflows, as it does for components far apart, the natural one is many times slower on a CPU.
+    """
     if log_prior is not None:
-        joint = joint + log_prior
-    log_r = joint.log_softmax(-1)
-    # log p(x) = joint - log r for any component; the largest is the one that can't be -inf - -inf.
-    log_p = joint.amax(-1) - log_r.amax(-1)
+        joint = joint + log_prior.mT
+    largest = joint.amax(0)
+    r = torch.exp2((joint - largest) * LOG2_E)
+    total = r.sum(0)
+    log_p = largest + total.log()
     usable = usable & torch.isfinite(log_p)
     weight = usable.to(joint.dtype)
     if sample_weight is not None:
-        valid = torch.isfinite(sample_weight) & (sample_weight >= 0)
-        usable = usable & valid
+        usable = usable & torch.isfinite(sample_weight) & (sample_weight >= 0)
         weight = torch.where(usable, sample_weight.to(joint.dtype), 0.0)
-    r = torch.where(usable[:, None], log_r.exp() * weight[:, None], 0.0)
+    r = torch.where(usable, r * (weight / total), 0.0)
     return r, torch.where(usable, log_p * weight, 0.0).sum(), usable
 
 

@@ -595,7 +595,7 @@ class GaussianMixture(nn.Module):
     def _map_rows(self, function: Callable[..., Tensor], x: Tensor) -> Tensor:
         """Apply a function of rows and parameters to ``(..., d)``, outside autocast."""
         rows = self._rows(x)
-        parameters = Parameters(self.weights_, self.means_, self.factor_).to(rows.dtype)
+        parameters = Parameters(self.weights_, self.means_, self.factor_)
         with torch.autocast(rows.device.type, enabled=False):
             value = functional.map_rows(
                 lambda part: function(part, parameters, self.covariance), rows, parameters, chunk_size=self.chunk_size

@@ -89,7 +89,7 @@ def plot_images(
     columns = min(len(images), 5)
     axes = list(axes or new_axes(-(-len(images) // columns), columns, size=(1.8, 2.1)))
     for ax, image, label in zip(axes, images, titles, strict=False):
-        ax.imshow(image.cpu(), cmap="gray_r")
+        ax.imshow(image.cpu().numpy(), cmap="gray_r")
         ax.set_title(label, fontsize=9)
     for ax in axes:
         ax.set_axis_off()

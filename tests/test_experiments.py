@@ -1,0 +1,148 @@
+"""The parts of the experiments, each against its formula."""
+
+import math
+
+import pytest
+import torch
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+from tgmm_nn import GaussianMixture
+from tgmm_nn.experiments.contrastive import ContrastiveClustering, Encoder, RandomAffine, Rescale, nt_xent
+from tgmm_nn.experiments.digits import DigitsDataModule, NeighbourPairs
+from tgmm_nn.experiments.reports import clustering_scores, format_table, plot_metrics
+
+
+def test_a_positive_is_one_of_the_nearest_rows_drawn_anew_and_never_the_row_itself(generator):
+    x = torch.randn(60, 4, generator=generator)
+    pairs = NeighbourPairs(x, n_neighbors=3)
+    distance = torch.cdist(x, x).fill_diagonal_(math.inf)
+    nearest = distance.topk(3, largest=False).indices
+    drawn = [set() for _ in range(60)]
+    for _ in range(60):
+        batch = pairs.__getitems__(list(range(60)))
+        assert torch.equal(batch["x"], x)
+        for row, neighbour in enumerate(batch["neighbour"]):
+            drawn[row].add(int((x == neighbour).all(-1).nonzero()))
+    assert drawn == [set(row.tolist()) for row in nearest]
+
+
+def test_digits_are_shuffled_batches_of_pixels_in_unit_range_without_labels():
+    data = DigitsDataModule(batch_size=256)
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    assert [len(b["x"]) for b in batches] == [256] * 7 + [5]
+    assert all(set(b) == {"x", "neighbour"} for b in batches)
+    seen = torch.cat([b["x"] for b in batches])
+    assert not torch.equal(seen, data.x)
+    torch.testing.assert_close(seen.sum(0), data.x.sum(0))
+    assert (float(data.x.min()), float(data.x.max())) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("option", ["batch_size", "n_neighbors"])
+def test_data_options_are_checked(option):
+    with pytest.raises(ValueError, match=f"`{option}` to be at least 1"):
+        DigitsDataModule(**{option: 0})
+
+
+def test_the_encoder_gives_unit_vectors_and_rescaling_unit_mean_square(generator):
+    z = Encoder([6, 8, 5])(torch.randn(10, 6, generator=generator))
+    torch.testing.assert_close(z.norm(dim=-1), torch.ones(10))
+    torch.testing.assert_close(Rescale()(z).square().mean(-1), torch.ones(10))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "match"), [([3], "widths of input and output"), ([3, 0], "`sizes` to be at least 1")]
+)
+def test_bad_sizes_raise(sizes, match):
+    with pytest.raises(ValueError, match=match):
+        Encoder(sizes)
+
+
+def test_an_affine_map_without_range_is_the_identity(generator):
+    x = torch.rand(5, 64, generator=generator)
+    still = RandomAffine([8, 8], shift=0, degrees=0, scale=0, shear=0)
+    torch.testing.assert_close(still(x), x, rtol=1e-5, atol=1e-5)
+
+
+def test_a_shift_moves_the_centre_of_mass_by_at_most_its_bound():
+    """One bright pixel in the middle of an odd image; bilinear resampling keeps the first moment."""
+    image = torch.zeros(9, 9)
+    image[4, 4] = 1.0
+    moved = RandomAffine([9, 9], shift=0.5, degrees=0, scale=0, shear=0)(image.reshape(1, 81).expand(500, -1))
+    position = torch.arange(9.0)
+    for axis in (1, 2):
+        centre = (moved.reshape(-1, 9, 9).sum(axis) * position).sum(-1)
+        assert float((centre - 4).abs().max()) <= 0.5 + 1e-5
+        assert float((centre - 4).abs().max()) > 0.45
+
+
+@pytest.mark.parametrize(
+    ("options", "bound"), [({"scale": 0.1}, 0.1), ({"shear": 0.1}, 0.1), ({"degrees": 5.0}, 0.0872)]
+)
+def test_maps_stay_within_their_bounds(options, bound):
+    still = {"shift": 0.0, "degrees": 0.0, "scale": 0.0, "shear": 0.0}
+    maps = RandomAffine([8, 8], **{**still, **options})._maps(2000, torch.device("cpu"))
+    off = maps - torch.eye(2, 3)
+    assert 0.95 * bound < float(off.abs().max()) <= bound * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("options", [{"shift": -1}, {"degrees": -1}, {"scale": -0.1}, {"shear": -0.1}])
+def test_ranges_of_maps_are_checked(options):
+    with pytest.raises(ValueError, match=f"`{next(iter(options))}` to be at least 0"):
+        RandomAffine([8, 8], **options)
+
+
+def test_nt_xent_is_its_formula(generator):
+    a, b = torch.nn.functional.normalize(torch.randn(2, 7, 3, generator=generator, dtype=torch.float64), dim=-1)
+    z = torch.cat([a, b])
+    total = 0.0
+    for i in range(14):
+        positive = z[i] @ z[(i + 7) % 14] / 0.3
+        others = torch.stack([z[i] @ z[k] / 0.3 for k in range(14) if k != i])
+        total -= float(positive - others.logsumexp(0))
+    assert float(nt_xent(a, b, 0.3)) == pytest.approx(total / 14, rel=1e-12)
+
+
+def test_the_mixture_sees_the_clean_rows_and_has_no_part_in_the_gradient(generator):
+    model = ContrastiveClustering(Encoder([64, 16, 4]), GaussianMixture(3, 4), RandomAffine([8, 8]))
+    batch = {"x": torch.rand(9, 64, generator=generator), "neighbour": torch.rand(9, 64, generator=generator)}
+    seen = []
+    model.latent.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model.log = lambda *args, **kwargs: None
+    torch.manual_seed(0)
+    loss = model.training_step(batch, 0)
+    (clean,) = seen
+    assert not clean.requires_grad
+    torch.testing.assert_close(clean, 2 * model.encoder(batch["x"]).detach())  # sqrt of 4 features
+
+    torch.manual_seed(0)
+    views = [model.encoder(model.augmentation(batch[key])) for key in ("x", "neighbour")]
+    torch.testing.assert_close(loss, nt_xent(*views, 0.5))
+
+
+@pytest.mark.parametrize("option", ["temperature", "learning_rate"])
+def test_model_options_are_checked(option):
+    with pytest.raises(ValueError, match=f"`{option}` to be above 0"):
+        ContrastiveClustering(Encoder([4, 2]), GaussianMixture(1, 2), RandomAffine([2, 2]), **{option: 0.0})
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
+def test_clustering_scores_agree_with_scikit_learn(generator):
+    y = torch.arange(90) % 3
+    clusters = torch.where(torch.rand(90, generator=generator) < 0.8, (y + 1) % 3, y)
+    scores = clustering_scores(clusters, y)
+    assert scores["nmi"] == pytest.approx(normalized_mutual_info_score(y, clusters), abs=1e-5)
+    assert scores["ari"] == pytest.approx(adjusted_rand_score(y, clusters), abs=1e-5)
+    assert scores["accuracy"] == pytest.approx(float((clusters == (y + 1) % 3).float().mean()))
+
+
+def test_a_table_is_aligned():
+    table = format_table([{"method": "a", "nmi": 0.51234}, {"method": "longer", "nmi": 1.0}])
+    assert table.splitlines() == ["method    nmi", "a       0.512", "longer  1.000"]
+
+
+def test_curves_are_drawn_from_a_metrics_file(tmp_path):
+    lines = ["em/log_likelihood,epoch,loss,step", "-3.5,0,2.0,7", ",1,1.5,15", "-3.0,2,,23"]
+    (tmp_path / "metrics.csv").write_text("\n".join(lines))
+    plot_metrics(tmp_path / "metrics.csv", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
