@@ -1,4 +1,4 @@
-"""Every YAML node that builds something of ours names each option of its constructor, with its default where it gives one."""
+"""Every YAML node that builds something of ours names each option of its constructor, with its default."""
 
 import importlib
 import inspect

@@ -216,14 +216,15 @@ def test_narrow_data_are_fitted_in_float32(family, dtype, clusters):
 
 
 @TO_THE_END
-@pytest.mark.parametrize(("offset", "tolerance"), [(0.0, 5e-5), (1e3, 2e-4), (1e5, 2e-2)])
+@pytest.mark.parametrize(("offset", "tolerance"), [(0.0, 5e-6), (1e3, 5e-5), (1e5, 1e-3)])
 def test_a_float32_fit_agrees_with_float64_to_the_rounding_of_the_data(family, offset, tolerance, clusters):
     """Also far from zero, where sums about zero would have lost the variances altogether."""
     x = (clusters + offset).float()
     options = {"random_state": 0, "reg_covar": 0.0, "max_iter": 20, "tol": 0.0}
     one, other = (GaussianMixture(3, 2, family, dtype=t, **options).fit(x) for t in (torch.float32, torch.float64))
     torch.testing.assert_close(one.covariances_.double(), other.covariances_, rtol=0, atol=tolerance)
-    torch.testing.assert_close(one.means_.double(), other.means_, rtol=0, atol=tolerance)
+    # Means are stored in float32, whose spacing at the offset is 1.2e-7 of it.
+    torch.testing.assert_close(one.means_.double(), other.means_, rtol=0, atol=tolerance + 6e-8 * offset)
     assert one.lower_bound_ == pytest.approx(other.lower_bound_, abs=tolerance)
 
 

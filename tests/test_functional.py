@@ -6,7 +6,8 @@ from oracles import assert_near, dense, distribution, joint, random_mixture, res
 
 from tgmm_nn import functional
 from tgmm_nn.functional import Parameters
-from tgmm_nn.statistics import Statistics
+from tgmm_nn.initialization import hard_statistics
+from tgmm_nn.statistics import Statistics, statistics_of
 
 FORMS = pytest.mark.parametrize("moments", [False, True], ids=["whitened", "moments"])
 
@@ -225,7 +226,7 @@ def test_hard_statistics_are_the_sums_of_each_group(family, generator):
     covariance = random_mixture(family, generator).covariance
     x, labels = torch.randn(40, 2, generator=generator).double(), torch.randint(3, (40,), generator=generator)
     origin = torch.randn(4, 2, generator=generator).double()
-    sums = functional.hard_statistics(x, labels, origin, covariance)
+    sums = hard_statistics(x, labels, origin, covariance)
     groups = [x[labels == k] - origin[k] for k in range(4)]
     assert_near(sums.count, torch.tensor([float(len(g)) for g in groups]).double())
     assert_near(sums.first, torch.stack([g.sum(0) for g in groups]))
@@ -259,7 +260,7 @@ def test_the_gradient_of_the_expected_log_likelihood_is_zero_at_the_m_step(famil
 
 def test_maximize_returns_the_parameters_whose_expected_sums_it_gets(family, generator):
     mixture = random_mixture(family, generator)
-    sums = functional.statistics_of(*mixture.parameters[:2], mixture.covariances, mixture.covariance)
+    sums = statistics_of(*mixture.parameters[:2], mixture.covariances, mixture.covariance)
     other = random_mixture(family, generator).parameters
     new = functional.maximize(sums.scale(7.0), other, mixture.covariance)
     assert_near(new, mixture.parameters)
@@ -267,7 +268,7 @@ def test_maximize_returns_the_parameters_whose_expected_sums_it_gets(family, gen
 
 def test_expected_sums_are_those_of_many_drawn_rows(family, generator):
     mixture = random_mixture(family, generator)
-    sums = functional.statistics_of(*mixture.parameters[:2], mixture.covariances, mixture.covariance)
+    sums = statistics_of(*mixture.parameters[:2], mixture.covariances, mixture.covariance)
     draws = distribution(*mixture.parameters[:2], mixture.covariances).sample((40_000,))
     drawn = functional.expectation(draws, mixture.parameters, mixture.covariance).scale(1 / 40_000)
     torch.testing.assert_close(drawn.count, sums.count, rtol=0, atol=0.02)
@@ -325,7 +326,7 @@ def test_singular_covariances_without_regularisation_leave_the_mixture_finite(fa
 def test_a_covariance_without_factor_is_lifted_on_its_diagonal(family, generator):
     mixture = random_mixture(family, generator)
     singular = torch.tensor([[1.0, 1.0], [1.0, 1.0]]).double().expand_as(mixture.covariances).clone()
-    sums = functional.statistics_of(*mixture.parameters[:2], singular, mixture.covariance)
+    sums = statistics_of(*mixture.parameters[:2], singular, mixture.covariance)
     new = functional.maximize(sums, mixture.parameters, mixture.covariance)
     error = covariances_of(new, mixture.covariance) - singular
     torch.testing.assert_close(error, 1e-6 * torch.eye(2).double().expand_as(error), rtol=0, atol=1e-15)
@@ -333,7 +334,7 @@ def test_a_covariance_without_factor_is_lifted_on_its_diagonal(family, generator
 
 def test_regularisation_is_added_to_the_diagonal_of_each_covariance(family, generator):
     mixture = random_mixture(family, generator)
-    sums = functional.statistics_of(*mixture.parameters[:2], mixture.covariances, mixture.covariance)
+    sums = statistics_of(*mixture.parameters[:2], mixture.covariances, mixture.covariance)
     new = functional.maximize(sums, mixture.parameters, mixture.covariance, reg_covar=0.25)
     got = dense(covariances_of(new, mixture.covariance), 2) - dense(mixture.covariances, 2)
     assert_near(got, 0.25 * torch.eye(2).double().expand_as(got))

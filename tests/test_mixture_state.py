@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 from functools import partial
 
@@ -234,3 +235,28 @@ def test_the_density_can_be_exported(layer, x):
     gmm = layer()
     exported = torch.export.export(gmm, (x,)).module()
     assert_near(exported(x), gmm(x), 1e-6)
+
+
+@pytest.mark.parametrize("how", ["initialize", "set_parameters", "reset_parameters"])
+def test_what_a_fit_reports_does_not_outlive_its_parameters(how, generator):
+    x = torch.randn(50, 2, generator=generator)
+    gmm = GaussianMixture(2, 2, max_iter=500).fit(x)
+    gmm.em_step(x, step_size=0.1)
+    assert (gmm.converged_, int(gmm.n_updates)) == (True, 1)
+    arguments = {
+        "initialize": (x,),
+        "set_parameters": (gmm.weights_.clone(), gmm.means_.clone(), gmm.covariances_),
+        "reset_parameters": (),
+    }
+    getattr(gmm, how)(*arguments[how])
+    assert (gmm.converged_, gmm.n_iter_, gmm.history_, int(gmm.n_updates)) == (False, 0, [], 0)
+    assert math.isnan(gmm.lower_bound_)
+    assert math.isnan(gmm.objective_)
+
+
+def test_a_layer_on_the_meta_device_has_shapes():
+    gmm = GaussianMixture(3, 2, device="meta")
+    x = torch.empty(5, 2, device="meta")
+    assert gmm(x).shape == (5,)
+    assert gmm.predict_proba(x).shape == (5, 3)
+    assert gmm.em_step(x).shape == ()

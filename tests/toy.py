@@ -9,7 +9,7 @@ from tgmm_nn import GaussianMixture
 
 
 class Toy(lightning.LightningModule):
-    """Linear encoder of 3 features to 2, trained by regression on a fixed target; the mixture may take part in the loss."""
+    """Linear encoder of 3 features to 2, trained by regression; the mixture may take part in the loss."""
 
     def __init__(self, covariance_type="full", *, density_weight=0.0, learning_rate=0.01, **options):
         super().__init__()
@@ -51,7 +51,12 @@ def loader(x=None, batch_size=10, **options):
 
 
 def trainer(*callbacks, max_epochs=2, **options):
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     return lightning.Trainer(
         max_epochs=max_epochs, accelerator="cpu", callbacks=list(callbacks), **{"devices": 1, **quiet, **options}
     )

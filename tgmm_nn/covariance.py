@@ -114,7 +114,7 @@ class Covariance(ABC):
 
     @abstractmethod
     def features(self, x: Tensor) -> Tensor:
-        """Return the independent entries of ``[x xᵀ]`` for rows that are the columns of ``(d, n)``, shape ``(F, n)``."""
+        """Return the independent entries of ``[x xᵀ]`` for each column x of a ``(d, n)`` matrix, shape ``(F, n)``."""
 
     @abstractmethod
     def dual(self, matrix: Tensor, n_features: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tgmm_nn import functional
 from tgmm_nn.covariance import Covariance
 from tgmm_nn.functional import Parameters
-from tgmm_nn.statistics import Statistics
+from tgmm_nn.statistics import Statistics, accumulator_dtype
 
 __all__ = ["Fit", "Options", "fit_from"]
 
@@ -100,7 +100,7 @@ def fit_from(start: Statistics, x: Tensor, fresh: Parameters, options: Options) 
 
 def _scale(x: Tensor) -> Tensor:
     """Return the standard deviation of each feature, in float64 where the device has it, chunk by chunk."""
-    wide = functional.accumulator_dtype(x.device)
+    wide = accumulator_dtype(x.device)
     mean = x.mean(0, dtype=wide)
     square = sum(((rows - mean).square().sum(0) for rows in x.split(8192)), torch.zeros_like(mean))
     return (square / len(x)).sqrt()

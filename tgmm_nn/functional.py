@@ -21,14 +21,12 @@ import torch
 from torch import Tensor
 
 from tgmm_nn.covariance import Covariance
-from tgmm_nn.statistics import Statistics
+from tgmm_nn.statistics import Statistics, accumulator_dtype, per_element
 
 __all__ = [
     "Parameters",
-    "accumulator_dtype",
     "conditioning",
     "expectation",
-    "hard_statistics",
     "log_density",
     "log_joint",
     "map_rows",
@@ -36,9 +34,7 @@ __all__ = [
     "mixture_mean",
     "moment_statistics",
     "moment_width",
-    "per_element",
     "scatter",
-    "statistics_of",
     "whitened_statistics",
 ]
 
@@ -246,52 +242,6 @@ def map_rows(
     return torch.cat([function(rows) for rows in x.split(size)])
 
 
-def hard_statistics(x: Tensor, labels: Tensor, origin: Tensor, covariance: Covariance) -> Statistics:
-    r"""Sum rows that belong wholly to one component each.
-
-    Args:
-        x: Rows, shape ``(n, d)``.
-        labels: Component of each row, integers in [0, K), shape ``(n,)``.
-        origin: Reference point of each component, shape ``(K, d)``.
-        covariance: Structure that shapes the second moment.
-
-    Returns:
-        Statistics about ``origin`` with a log-likelihood of 0.
-    """
-    return reduce(
-        Statistics.merge,
-        (_hard_chunk(rows, k, origin, covariance) for rows, k in zip(x.split(4096), labels.split(4096), strict=True)),
-    )
-
-
-def statistics_of(weights: Tensor, means: Tensor, covariances: Tensor, covariance: Covariance) -> Statistics:
-    r"""Return the expected sums of one row drawn from a mixture.
-
-    They are :math:`n_k = \pi_k`, a first moment of zero about the means, and a second of :math:`\pi_k \Sigma_k`.
-    `maximize` maps them back to the same parameters.
-
-    Args:
-        weights: Mixing weights, shape ``(K,)``.
-        means: Means, shape ``(K, d)``; also the reference points.
-        covariances: Covariances in the structure's shape, leading axis ``K``, or 1 when tied.
-        covariance: Structure of the covariances.
-    """
-    wide = accumulator_dtype(means.device)
-    count = weights.to(wide)
-    mass = covariance.pool(count)
-    zero = torch.zeros((), dtype=wide, device=means.device)
-    return Statistics(
-        count=count,
-        first=torch.zeros_like(means, dtype=wide),
-        second=covariances.to(wide) * per_element(mass, covariances),
-        log_likelihood=zero,
-        rows=zero + 1,
-        skipped=zero,
-        origin=means,
-        covariance=covariance,
-    )
-
-
 def maximize(
     statistics: Statistics,
     current: Parameters,
@@ -368,34 +318,6 @@ def conditioning(scale: Tensor, parameters: Parameters, covariance: Covariance) 
     return (covariance.dual(precision, len(scale)) @ covariance.features(scale[:, None])).amax()
 
 
-def per_element(value: Tensor, element: Tensor) -> Tensor:
-    """Return one number per element, shaped to broadcast against the elements."""
-    return value.reshape(-1, *(1,) * (element.ndim - 1))
-
-
-def _hard_chunk(x: Tensor, labels: Tensor, origin: Tensor, covariance: Covariance) -> Statistics:
-    wide = accumulator_dtype(x.device)
-    columns = (x - origin.to(x.dtype)[labels]).mT.contiguous()
-    members = torch.nn.functional.one_hot(labels, len(origin)).to(x.dtype).mT
-    features = (members @ covariance.features(columns).mT).to(wide)
-    zero = torch.zeros((), dtype=wide, device=x.device)
-    return Statistics(
-        count=members.sum(-1).to(wide),
-        first=(members @ columns.mT).to(wide),
-        second=covariance.pool(covariance.unpack(features, x.shape[-1])),
-        log_likelihood=zero,
-        rows=zero + len(x),
-        skipped=zero,
-        origin=origin,
-        covariance=covariance,
-    )
-
-
-def accumulator_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype of totals on ``device``: float64 where it exists."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def _rows_per_chunk(width: int, element_size: int) -> int:
     """Return how many rows of ``width`` numbers stay below 4 MB, above which fresh arrays fault at each use."""
     return min(max(4_000_000 // (width * element_size), 256), 8192)
@@ -409,8 +331,8 @@ def _supported(mass: Tensor) -> Tensor:
 def _centre(x: Tensor, parameters: Parameters) -> tuple[Tensor, Parameters, Tensor]:
     """Return rows and parameters about the mixture's mean, in the dtype of the rows, and that mean.
 
-    Far from zero a product of raw rows would cancel. The mean is rounded to the rows' dtype, so that their difference is
-    exact, and the parameters are centred before they are rounded.
+    Far from zero a product of raw rows would cancel. The mean is rounded to the rows' dtype, so that their difference
+    is exact, and the parameters are centred before they are rounded.
     """
     origin = mixture_mean(parameters).to(x.dtype)
     about = parameters._replace(means=parameters.means - origin)
@@ -431,9 +353,7 @@ def _natural_parameters(parameters: Parameters, covariance: Covariance) -> Tenso
     precision = covariance.square(factor)
     linear = covariance.apply(precision, means)
     constant = (
-        weights.log()
-        + covariance.log_det(factor, n_features)
-        - 0.5 * (n_features * LOG_2PI + (means * linear).sum(-1))
+        weights.log() + covariance.log_det(factor, n_features) - 0.5 * (n_features * LOG_2PI + (means * linear).sum(-1))
     )
     quadratic = covariance.dual(precision, n_features).expand(n_components, -1)
     return torch.cat([constant[:, None], linear, -0.5 * quadratic], -1)

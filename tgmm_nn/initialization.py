@@ -5,15 +5,16 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from tgmm_nn.covariance import Covariance
-from tgmm_nn.functional import hard_statistics, per_element, scatter, statistics_of
-from tgmm_nn.statistics import Statistics
+from tgmm_nn.functional import scatter
+from tgmm_nn.statistics import Statistics, accumulator_dtype, per_element, statistics_of
 
-__all__ = ["MEANS", "canonical_order", "nearest", "starting_statistics"]
+__all__ = ["MEANS", "canonical_order", "hard_statistics", "nearest", "starting_statistics"]
 
 
 def canonical_order(x: Tensor) -> Tensor:
@@ -60,6 +61,24 @@ def nearest(x: Tensor, means: Tensor) -> Tensor:
     return torch.cat([torch.cdist(rows - origin, means - origin).argmin(-1) for rows in x.split(8192)])
 
 
+def hard_statistics(x: Tensor, labels: Tensor, origin: Tensor, covariance: Covariance) -> Statistics:
+    r"""Sum rows that belong wholly to one component each.
+
+    Args:
+        x: Rows, shape ``(n, d)``.
+        labels: Component of each row, integers in [0, K), shape ``(n,)``.
+        origin: Reference point of each component, shape ``(K, d)``.
+        covariance: Structure that shapes the second moment.
+
+    Returns:
+        Statistics about ``origin`` with a log-likelihood of 0.
+    """
+    return reduce(
+        Statistics.merge,
+        (_hard_chunk(rows, k, origin, covariance) for rows, k in zip(x.split(4096), labels.split(4096), strict=True)),
+    )
+
+
 def starting_statistics(
     x: Tensor, n_components: int, covariance: Covariance, method: str, n_init: int, generator: torch.Generator
 ) -> Statistics:
@@ -88,3 +107,21 @@ def _cluster_covariances(sums: Statistics, covariance: Covariance) -> Tensor:
     within, mass = scatter(sums, covariance), covariance.pool(sums.count)
     pooled = within.sum(0, keepdim=True) / sums.weight
     return torch.where(per_element(mass >= 2, within), within / per_element(mass.clamp(min=1), within), pooled)
+
+
+def _hard_chunk(x: Tensor, labels: Tensor, origin: Tensor, covariance: Covariance) -> Statistics:
+    wide = accumulator_dtype(x.device)
+    columns = (x - origin.to(x.dtype)[labels]).mT.contiguous()
+    members = torch.nn.functional.one_hot(labels, len(origin)).to(x.dtype).mT
+    features = (members @ covariance.features(columns).mT).to(wide)
+    zero = torch.zeros((), dtype=wide, device=x.device)
+    return Statistics(
+        count=members.sum(-1).to(wide),
+        first=(members @ columns.mT).to(wide),
+        second=covariance.pool(covariance.unpack(features, x.shape[-1])),
+        log_likelihood=zero,
+        rows=zero + len(x),
+        skipped=zero,
+        origin=origin,
+        covariance=covariance,
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,8 @@ from tgmm_nn.covariance import COVARIANCES
 from tgmm_nn.distributed import sum_over_ranks
 from tgmm_nn.fitting import Options, fit_from
 from tgmm_nn.functional import Parameters
-from tgmm_nn.statistics import Statistics
+from tgmm_nn.persistence import keep_wide, mismatch
+from tgmm_nn.statistics import Statistics, accumulator_dtype, statistics_of
 
 __all__ = ["GaussianMixture"]
 
@@ -32,7 +34,11 @@ SUMS = (
     "lower_bound",
     "objective",
 )
-OPTIONS = ("covariance_type", "n_components", "n_features")
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Turn autocast off; a meta tensor has none."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 class GaussianMixture(nn.Module):
@@ -145,7 +151,7 @@ class GaussianMixture(nn.Module):
     def _register_buffers(self, device: torch.device, dtype: torch.dtype) -> None:
         size = (self.n_components, self.n_features)
         element = (self.covariance.leading(self.n_components), *self.covariance.shape(self.n_features))
-        wide = functional.accumulator_dtype(device)
+        wide = accumulator_dtype(device)
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "weights_": (size[:1], dtype),
             "means_": (size, dtype),
@@ -169,12 +175,9 @@ class GaussianMixture(nn.Module):
         """Make the layer fresh: equal weights, zero means, unit covariances, counters at zero."""
         fresh = self._fresh()
         self._write(fresh)  # the factor of a unit covariance is the unit covariance
-        self._remember(functional.statistics_of(*fresh, self.covariance))
-        for counter in (self.n_iter, self.n_updates, self.n_skipped, self.fitted, self.converged):
-            counter.zero_()
-        self.lower_bound.fill_(torch.nan)
-        self.objective.fill_(torch.nan)
-        self.history_ = []
+        self._begin(statistics_of(*fresh, self.covariance))
+        self.n_skipped.zero_()
+        self.fitted.zero_()
 
     # ------------------------------------------------------------------------------------------------ the density
 
@@ -309,8 +312,7 @@ class GaussianMixture(nn.Module):
         """
         start = self._start(self._data(x), self.n_init, self._generator())
         self._maximize(start)
-        self._remember(start)
-        self.n_updates.zero_()
+        self._begin(start)
         return self
 
     @torch.no_grad()
@@ -339,7 +341,7 @@ class GaussianMixture(nn.Module):
             (fit_from(start, x, self._fresh(), self._em_options()) for start in starts), key=lambda fit: fit.objective
         )
         self._write(best.parameters)
-        self._remember(best.statistics.scale(1.0 / best.statistics.weight))
+        self._begin(best.statistics.scale(1.0 / best.statistics.weight))
         self.history_ = best.history
         for name, value in best.outcome.items():
             getattr(self, name).fill_(value)
@@ -392,7 +394,7 @@ class GaussianMixture(nn.Module):
             raise ValueError(f"Expected `covariances` to be positive definite, but {bad} (by component) are not.")
         weights = weights / weights.sum()
         self._write(Parameters(weights, means, factor))
-        self._remember(functional.statistics_of(weights, means, covariances, self.covariance))
+        self._begin(statistics_of(weights, means, covariances, self.covariance))
         self.fitted.fill_(1)
         return self
 
@@ -414,17 +416,17 @@ class GaussianMixture(nn.Module):
 
     @property
     def converged_(self) -> bool:
-        """Whether the last `fit` converged."""
+        """Whether the last `fit` converged; False when the parameters were set otherwise since."""
         return bool(self.converged.item())
 
     @property
     def n_iter_(self) -> int:
-        """Number of M-steps of the last `fit`."""
+        """Number of M-steps of the last `fit`; 0 when the parameters were set otherwise since."""
         return int(self.n_iter.item())
 
     @property
     def lower_bound_(self) -> float:
-        """Mean log-likelihood per row of the last `fit`, of the final parameters, in nats."""
+        """Mean log-likelihood per row of the last `fit`, of its final parameters, in nats; nan without one."""
         return float(self.lower_bound.item())
 
     @property
@@ -462,7 +464,11 @@ class GaussianMixture(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return what travels with ``state_dict`` besides buffers: options that shape it, and the trace of `fit`."""
-        return {**{name: getattr(self, name) for name in OPTIONS}, "history": list(self.history_)}
+        return {**self._shape(), "history": list(self.history_)}
+
+    def _shape(self) -> dict[str, Any]:
+        """Return the options that decide the shapes of buffers, as plain values."""
+        return {name: getattr(self, name) for name in ("covariance_type", "n_components", "n_features")}
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Restore the trace of `fit`; the options were compared before any buffer was written."""
@@ -479,40 +485,18 @@ class GaussianMixture(nn.Module):
         error_msgs: list[str],
     ) -> None:
         # torch copies buffers before the extra state arrives, so a foreign mixture has to be found here.
-        if problem := self._mismatch(state_dict, prefix):
+        if problem := mismatch(state_dict, prefix, self._shape(), dict(self.named_buffers(recurse=False))):
             error_msgs.append(problem)
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def _mismatch(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
-        """Say how a state differs from this layer in options or shapes, or return None."""
-        options = state_dict.get(f"{prefix}_extra_state", {})
-        theirs = {name: options[name] for name in OPTIONS if name in options}
-        ours = {name: getattr(self, name) for name in theirs}
-        if theirs != ours:
-            return (
-                f"Expected the state of a GaussianMixture with {ours}, but got one with {theirs}; "
-                "build the layer with these options."
-            )
-        for name, buffer in self.named_buffers(recurse=False):
-            value = state_dict.get(prefix + name)
-            if isinstance(value, Tensor) and value.shape != buffer.shape:
-                return f"Expected `{prefix}{name}` of shape {tuple(buffer.shape)}, but got {tuple(value.shape)}."
-        return None
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GaussianMixture:
         """Move or cast the buffers, but keep parameters at float32 or wider and sums in float64."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            after = self._buffers[name]
-            if buffer is None or after is None or not after.is_floating_point():
-                continue
-            lowest = functional.accumulator_dtype(after.device) if name in SUMS else torch.float32
-            if after.dtype != torch.promote_types(after.dtype, lowest):
-                self._buffers[name] = buffer.to(after.device, torch.promote_types(after.dtype, lowest))
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._buffers.update(keep_wide(before, dict(self.named_buffers(recurse=False)), SUMS))
         return self
 
     # --------------------------------------------------------------------------------------------------- inside
@@ -548,10 +532,15 @@ class GaussianMixture(nn.Module):
         self.means_.copy_(parameters.means)
         self.factor_.copy_(parameters.factor)
 
-    def _remember(self, statistics: Statistics) -> None:
-        """Keep sums of total weight one as the running ones; a step size of 0 says that they are no batch's."""
+    def _begin(self, statistics: Statistics) -> None:
+        """Keep sums of total weight one as the running ones, and forget how an earlier mixture was reached."""
         self._keep(statistics)
-        self.running_step_size.zero_()
+        self.running_step_size.zero_()  # no batch's share: see _decayed
+        for counter in (self.n_updates, self.n_iter, self.converged):
+            counter.zero_()
+        self.lower_bound.fill_(torch.nan)
+        self.objective.fill_(torch.nan)
+        self.history_ = []
 
     def _keep(self, statistics: Statistics) -> None:
         self.running_count.copy_(statistics.count)
@@ -587,7 +576,7 @@ class GaussianMixture(nn.Module):
         if sample_weight is not None:
             checks.check_sample_weight(sample_weight, len(rows))
             sample_weight = sample_weight.detach().reshape(-1)
-        with torch.autocast(rows.device.type, enabled=False):
+        with full_precision(rows.device):
             return functional.expectation(
                 rows.detach(), self._snapshot(), self.covariance, sample_weight, chunk_size=self.chunk_size
             )
@@ -596,7 +585,7 @@ class GaussianMixture(nn.Module):
         """Apply a function of rows and parameters to ``(..., d)``, outside autocast."""
         rows = self._rows(x)
         parameters = Parameters(self.weights_, self.means_, self.factor_)
-        with torch.autocast(rows.device.type, enabled=False):
+        with full_precision(rows.device):
             value = functional.map_rows(
                 lambda part: function(part, parameters, self.covariance), rows, parameters, chunk_size=self.chunk_size
             )

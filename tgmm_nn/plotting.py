@@ -35,7 +35,7 @@ def save(ax: Axes, file: Path) -> None:
 
 
 def principal_plane(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean of rows ``(n, d)`` and their two directions of largest variance, shape ``(d, 2)``; d = 1 gets a zero axis."""
+    """Return the mean of rows ``(n, d)`` and their directions of largest variance ``(d, 2)``; one is zero for d = 1."""
     mean = x.mean(0)
     _, _, directions = torch.linalg.svd(x - mean, full_matrices=False)
     plane = x.new_zeros(x.shape[-1], 2)

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "Statistics"]
+__all__ = ["Moments", "Statistics", "accumulator_dtype", "per_element", "statistics_of"]
 
 
 class Moments(Protocol):
@@ -49,7 +49,7 @@ class Statistics(NamedTuple):
 
     Example:
         >>> from tgmm_nn.covariance import Diagonal
-        >>> from tgmm_nn.functional import hard_statistics
+        >>> from tgmm_nn.initialization import hard_statistics
         >>> x, k = torch.tensor([[0.0], [2.0], [5.0]]), torch.tensor([0, 0, 1])
         >>> whole = hard_statistics(x, k, torch.zeros(2, 1), Diagonal())
         >>> parts = hard_statistics(x[:1], k[:1], torch.ones(2, 1), Diagonal()).merge(
@@ -124,3 +124,41 @@ class Statistics(NamedTuple):
         """Return other sums, in the order of `sums`, about the same reference point."""
         count, first, second, log_likelihood, rows, skipped = sums
         return Statistics(count, first, second, log_likelihood, rows, skipped, self.origin, self.covariance)
+
+
+def statistics_of(weights: Tensor, means: Tensor, covariances: Tensor, covariance: Moments) -> Statistics:
+    r"""Return the expected sums of one row drawn from a mixture.
+
+    They are :math:`n_k = \pi_k`, a first moment of zero about the means, and a second of :math:`\pi_k \Sigma_k`.
+    `maximize` maps them back to the same parameters.
+
+    Args:
+        weights: Mixing weights, shape ``(K,)``.
+        means: Means, shape ``(K, d)``; also the reference points.
+        covariances: Covariances in the structure's shape, leading axis ``K``, or 1 when tied.
+        covariance: Structure of the covariances.
+    """
+    wide = accumulator_dtype(means.device)
+    count = weights.to(wide)
+    mass = covariance.pool(count)
+    zero = torch.zeros((), dtype=wide, device=means.device)
+    return Statistics(
+        count=count,
+        first=torch.zeros_like(means, dtype=wide),
+        second=covariances.to(wide) * per_element(mass, covariances),
+        log_likelihood=zero,
+        rows=zero + 1,
+        skipped=zero,
+        origin=means,
+        covariance=covariance,
+    )
+
+
+def per_element(value: Tensor, element: Tensor) -> Tensor:
+    """Return one number per element, shaped to broadcast against the elements."""
+    return value.reshape(-1, *(1,) * (element.ndim - 1))
+
+
+def accumulator_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of totals on ``device``: float64 where it exists."""
+    return torch.float32 if device.type == "mps" else torch.float64

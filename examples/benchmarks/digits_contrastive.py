@@ -2,8 +2,8 @@
 
     python examples/benchmarks/digits_contrastive.py --seeds 5
 
-Arguments after ``--`` go to ``train.py``. Goal over seeds 0 to 4: mean accuracy of the mixture at least .945, every seed at least .93,
-mean NMI at least .91.
+Further arguments go to ``train.py``. Goal for the mixture over seeds 0 to 4: mean accuracy at least .945, every seed at
+least .93, mean NMI at least .91.
 """
 
 import argparse

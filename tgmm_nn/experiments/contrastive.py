@@ -92,7 +92,9 @@ class RandomAffine(nn.Module):
         def uniform(bound: float) -> Tensor:
             return (2 * torch.rand(n, device=device) - 1) * bound
 
-        deform = torch.stack([1 + uniform(self.scale), uniform(self.shear), uniform(self.shear), 1 + uniform(self.scale)])
+        deform = torch.stack(
+            [1 + uniform(self.scale), uniform(self.shear), uniform(self.shear), 1 + uniform(self.scale)]
+        )
         angle = uniform(math.radians(self.degrees))
         rotate = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()])
         shift = torch.stack([uniform(2 * self.shift / self.width), uniform(2 * self.shift / self.height)], -1)

@@ -47,14 +47,15 @@ class EMCallback(lightning.Callback):
 
     Raises:
         TypeError: If an option has the wrong type.
-        ValueError: If an option is out of range or belongs to the other mode, or, at the start, if a name does not exist.
+        ValueError: If an option is out of range or of the other mode, or, at the start, if a name does not exist.
 
     References:
         Cappé and Moulines, On-line expectation-maximization algorithm for latent data models, 2009.
 
     Example:
         >>> callback = EMCallback(module="gmm", embeddings="encoder", mode="minibatch", start_epoch=10)
-        >>> trainer = lightning.Trainer(callbacks=[callback], logger=False, enable_checkpointing=False, accelerator="cpu")
+        >>> callback.state_key
+        "EMCallback{'module': 'gmm', 'embeddings': 'encoder', 'prefix': 'em'}"
     """
 
     def __init__(
@@ -160,7 +161,9 @@ class EMCallback(lightning.Callback):
         if not self._started:
             return None
         if self.mode == "minibatch":
-            return gmm.em_step(rows, step_size=self.step_size or self.schedule(gmm.n_updates.to(gmm.running_count.dtype)))
+            return gmm.em_step(
+                rows, step_size=self.step_size or self.schedule(gmm.n_updates.to(gmm.running_count.dtype))
+            )
         if not last:
             return None
         bank, self._bank = torch.cat(self._bank), []
@@ -190,7 +193,8 @@ class EMCallback(lightning.Callback):
             return rows
         if not self._started and not self._bank:
             raise RuntimeError(
-                f"Expected embeddings={self.source.source!r} to give rows in every training step, but its forward was not called."
+                f"Expected embeddings={self.source.source!r} to give rows in every training step, but its forward was "
+                "not called; name a submodule that the training step calls."
             )
         return gmm.means_.new_empty(0, gmm.n_features)
 

@@ -17,7 +17,7 @@ __all__ = ["LatentPlotCallback"]
 
 
 class LatentPlotCallback(lightning.Callback):
-    """Draw the embeddings of an epoch in two dimensions with the components' 2-sd ellipses, every so many epochs and at the last.
+    """Draw an epoch's embeddings in two dimensions with the components' 2-sd ellipses, every so often and at the end.
 
     Put it behind `EMCallback`, so that the picture shows the mixture after the epoch's last update. Rank zero draws
     its own rows. Files are ``latent_epoch_<epoch>.png``, coloured by the most probable component.

@@ -97,7 +97,7 @@ class Embeddings:
     def _store(self, output: Any) -> None:
         if not isinstance(output, Tensor) or output.ndim == 0:
             raise TypeError(
-                f"Expected embeddings={self.source!r} to give a tensor of shape (..., d), but got {type(output).__name__}; "
-                "name a submodule that returns one."
+                f"Expected embeddings={self.source!r} to give a tensor of shape (..., d), but got "
+                f"{type(output).__name__}; name a submodule that returns one."
             )
         self._parts.append(output.detach().reshape(-1, output.shape[-1]))
