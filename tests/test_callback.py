@@ -285,8 +285,9 @@ def test_two_ranks_hold_one_mixture_equal_to_one_process(mode, tmp_path):
     model, run = fit(tmp_path / "two", devices=2, strategy="ddp_fork")
     run.fit(model, HalfLoader(x))
     for epoch in (0, 1):
-        one = torch.load(tmp_path / "one" / f"epoch{epoch}-rank0.pt")
-        first, second = (torch.load(tmp_path / "two" / f"epoch{epoch}-rank{rank}.pt") for rank in (0, 1))
+        one = torch.load(tmp_path / "one" / f"epoch{epoch}-rank0.pt", weights_only=True)
+        files = [tmp_path / "two" / f"epoch{epoch}-rank{rank}.pt" for rank in (0, 1)]
+        first, second = (torch.load(file, weights_only=True) for file in files)
         assert_same_state(first, second)
         for name, buffer in one.items():
             atol = 2e-5 if name.startswith("running") else 2e-6  # sums of about ten rows each

@@ -335,7 +335,7 @@ def _centre(x: Tensor, parameters: Parameters) -> tuple[Tensor, Parameters, Tens
     is exact, and the parameters are centred before they are rounded.
     """
     origin = mixture_mean(parameters).to(x.dtype)
-    about = parameters._replace(means=parameters.means - origin)
+    about = Parameters(parameters.weights, parameters.means - origin, parameters.factor)
     return x - origin, about.to(x.dtype), origin
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tgmm_nn import checks, functional, initialization
 from tgmm_nn.covariance import COVARIANCES
-from tgmm_nn.distributed import sum_over_ranks
+from tgmm_nn.distributed import is_distributed, sum_over_ranks
 from tgmm_nn.fitting import Options, fit_from
 from tgmm_nn.functional import Parameters
 from tgmm_nn.persistence import keep_wide, mismatch
@@ -145,7 +145,10 @@ class GaussianMixture(nn.Module):
         self.reg_covar, self.reg_covar_relative, self.chunk_size = reg_covar, reg_covar_relative, chunk_size
         self.covariance = COVARIANCES[covariance_type]
         self.history_: list[float] = []
-        self._register_buffers(torch.device(device or torch.get_default_device()), dtype or torch.get_default_dtype())
+        self._register_buffers(
+            torch.device(device or torch.get_default_device()),
+            dtype or torch.promote_types(torch.get_default_dtype(), torch.float32),
+        )
         self.reset_parameters()
 
     def _register_buffers(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -283,7 +286,7 @@ class GaussianMixture(nn.Module):
         """
         checks.check_step_size(step_size)
         batch = self._expect(x, sample_weight)
-        if sync:
+        if sync and is_distributed():
             batch = batch.unflatten(sum_over_ranks(batch.flatten()))
         wide, usable = batch.weight, batch.weight > 0
         # In the dtype of the sums: a share of 0.3 in float32 is off by 1e-8, and the next step multiplies by it.
@@ -534,7 +537,7 @@ class GaussianMixture(nn.Module):
 
     def _begin(self, statistics: Statistics) -> None:
         """Keep sums of total weight one as the running ones, and forget how an earlier mixture was reached."""
-        self._keep(statistics)
+        self._keep(statistics.count, statistics.first, statistics.second, statistics.origin)
         self.running_step_size.zero_()  # no batch's share: see _decayed
         for counter in (self.n_updates, self.n_iter, self.converged):
             counter.zero_()
@@ -542,11 +545,11 @@ class GaussianMixture(nn.Module):
         self.objective.fill_(torch.nan)
         self.history_ = []
 
-    def _keep(self, statistics: Statistics) -> None:
-        self.running_count.copy_(statistics.count)
-        self.running_first.copy_(statistics.first)
-        self.running_second.copy_(statistics.second)
-        self.running_origin.copy_(statistics.origin)  # one point for all components broadcasts
+    def _keep(self, count: Tensor, first: Tensor, second: Tensor, origin: Tensor) -> None:
+        self.running_count.copy_(count)
+        self.running_first.copy_(first)
+        self.running_second.copy_(second)
+        self.running_origin.copy_(origin)  # one point for all components broadcasts
 
     def _maximize(self, statistics: Statistics) -> None:
         """M-step at the sums, which become the running ones; without any row nothing changes."""
@@ -556,12 +559,10 @@ class GaussianMixture(nn.Module):
         )
         kept = self._running()
         self._keep(
-            statistics._replace(
-                count=torch.where(usable, statistics.count, kept.count),
-                first=torch.where(usable, statistics.first, kept.first),
-                second=torch.where(usable, statistics.second, kept.second),
-                origin=torch.where(usable, statistics.origin, kept.origin),
-            )
+            torch.where(usable, statistics.count, kept.count),
+            torch.where(usable, statistics.first, kept.first),
+            torch.where(usable, statistics.second, kept.second),
+            torch.where(usable, statistics.origin, kept.origin),
         )
         self.fitted.copy_(torch.maximum(self.fitted, usable.to(torch.int64)))
 

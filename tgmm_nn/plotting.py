@@ -29,9 +29,8 @@ def new_axes(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.0, 
 def save(ax: Axes, file: Path) -> None:
     """Write the figure that the axes belong to; its folder is made."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure = ax.get_figure(root=True)
-    if figure is not None:
-        figure.savefig(file, dpi=120)
+    figure = ax.figure if isinstance(ax.figure, Figure) else ax.figure.figure
+    figure.savefig(file, dpi=120)
 
 
 def principal_plane(x: Tensor) -> tuple[Tensor, Tensor]:

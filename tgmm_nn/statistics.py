@@ -92,9 +92,9 @@ class Statistics(NamedTuple):
         outer = self.covariance.outer
         n_delta = self.count[:, None] * delta
         shift = outer(self.first + n_delta, delta) + outer(delta, self.first)
-        return self._replace(
-            first=self.first + n_delta, second=self.second + self.covariance.pool(shift), origin=origin
-        )
+        first, second = self.first + n_delta, self.second + self.covariance.pool(shift)
+        sums = (self.count, first, second, self.log_likelihood, self.rows, self.skipped)
+        return Statistics(*sums, origin, self.covariance)
 
     @property
     def sums(self) -> tuple[Tensor, ...]:
