@@ -34,7 +34,7 @@ def parameters_of(gmm):
 
 def about_zero(statistics):
     """Return count, first and second moment about zero, per unit of weight."""
-    return statistics.about(torch.zeros(2).double()).scale(1 / statistics.weight).sums[:3]
+    return statistics.about(torch.zeros(2).double()).scale(1 / statistics.weight()).sums()[:3]
 
 
 class NoHostReads(TorchDispatchMode):
@@ -139,7 +139,7 @@ def test_among_equal_batches_each_has_exactly_its_step_size_as_share(layer, rows
         gmm.em_step(x, step_size=step_size)
         running = gmm._running()
         assert_near(about_zero(running), tuple(share))
-        assert running.weight.item() == pytest.approx(20 / rho, rel=1e-13)
+        assert running.weight().item() == pytest.approx(20 / rho, rel=1e-13)
 
 
 def test_decreasing_steps_over_equal_batches_of_one_component_are_one_exact_step(family, generator, rows):
@@ -151,7 +151,9 @@ def test_decreasing_steps_over_equal_batches_of_one_component_are_one_exact_step
         gmm.em_step(x, step_size=1 / t)
     twin.em_step(torch.cat(batches))
     assert_near(parameters_of(gmm), parameters_of(twin))
-    assert_near(gmm._running().about(torch.zeros(2)).sums[:3], twin._running().about(torch.zeros(2)).sums[:3], 1e-12)
+    assert_near(
+        gmm._running().about(torch.zeros(2)).sums()[:3], twin._running().about(torch.zeros(2)).sums()[:3], 1e-12
+    )
 
 
 def test_a_short_batch_counts_by_its_rows(family, generator, rows):
@@ -298,16 +300,16 @@ def test_em_step_leaves_no_graph(layer, rows, step_size):
     assert not value.requires_grad
     assert not any(buffer.requires_grad for buffer in gmm.buffers())
     assert x.grad is None
-    assert not any(s.requires_grad for s in gmm.statistics(x).sums)
+    assert not any(s.requires_grad for s in gmm.statistics(x).sums())
 
 
 def test_returned_statistics_stay_as_they_are(layer, rows):
     gmm, x = layer(), rows(30)
     statistics = gmm.statistics(x)
-    copies = [s.clone() for s in (*statistics.sums, statistics.origin)]
+    copies = [s.clone() for s in (*statistics.sums(), statistics.origin)]
     gmm.em_step(rows(20, loc=4.0))
     gmm.em_step(rows(20, loc=-4.0), step_size=0.5)
-    for now, then in zip((*statistics.sums, statistics.origin), copies, strict=True):
+    for now, then in zip((*statistics.sums(), statistics.origin), copies, strict=True):
         assert torch.equal(now, then)
 
 

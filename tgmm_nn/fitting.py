@@ -91,7 +91,7 @@ def fit_from(start: Statistics, x: Tensor, fresh: Parameters, options: Options) 
         expected = functional.expectation(
             x, parameters, options.covariance, moments=moments, chunk_size=options.chunk_size
         )
-        history.append(float(expected.mean_log_likelihood))
+        history.append(float(expected.mean_log_likelihood()))
         converged = len(history) > 1 and abs(history[-1] - history[-2]) < options.tol
         if converged or len(history) > options.max_iter:
             return Fit(parameters, statistics, history, converged)

@@ -271,7 +271,7 @@ def maximize(
     Returns:
         Parameters in the dtype of ``current``, computed in the dtype of the sums.
     """
-    count, total = statistics.count, statistics.weight
+    count, total = statistics.count, statistics.weight()
     alive = _supported(count)
     shift = statistics.first / torch.where(alive, count, 1.0)[:, None]
     means = statistics.origin.to(shift.dtype) + shift

@@ -105,7 +105,7 @@ def starting_statistics(
 def _cluster_covariances(sums: Statistics, covariance: Covariance) -> Tensor:
     """Return the covariance of each cluster, pooled over clusters where a cluster has no two rows to vary."""
     within, mass = scatter(sums, covariance), covariance.pool(sums.count)
-    pooled = within.sum(0, keepdim=True) / sums.weight
+    pooled = within.sum(0, keepdim=True) / sums.weight()
     return torch.where(per_element(mass >= 2, within), within / per_element(mass.clamp(min=1), within), pooled)
 
 

@@ -250,7 +250,7 @@ class GaussianMixture(nn.Module):
     def maximize(self, statistics: Statistics) -> None:
         """Set the parameters to the maximisers given the sums (the M-step), and keep the sums as the running ones."""
         self._maximize(statistics)
-        self.running_step_size.copy_(torch.where(statistics.weight > 0, 1.0, self.running_step_size))
+        self.running_step_size.copy_(torch.where(statistics.weight() > 0, 1.0, self.running_step_size))
 
     @torch.no_grad()
     def em_step(
@@ -288,14 +288,17 @@ class GaussianMixture(nn.Module):
         batch = self._expect(x, sample_weight)
         if sync and is_distributed():
             batch = batch.unflatten(sum_over_ranks(batch.flatten()))
-        wide, usable = batch.weight, batch.weight > 0
+        total = batch.weight()
+        usable = total > 0
         # In the dtype of the sums: a share of 0.3 in float32 is off by 1e-8, and the next step multiplies by it.
-        rho = torch.as_tensor(1.0 if step_size is None else step_size, dtype=wide.dtype, device=wide.device).reshape(1)
-        self._maximize(batch if step_size is None else batch.merge(self._decayed(rho, batch.weight)))
+        rho = torch.as_tensor(1.0 if step_size is None else step_size, dtype=total.dtype, device=total.device).reshape(
+            1
+        )
+        self._maximize(batch if step_size is None else batch.merge(self._decayed(rho, total)))
         self.running_step_size.copy_(torch.where(usable, rho, self.running_step_size))
         self.n_updates.add_(usable)
         self.n_skipped.add_(batch.skipped.to(torch.int64))
-        return batch.mean_log_likelihood.to(self.means_.dtype)
+        return batch.mean_log_likelihood().to(self.means_.dtype)
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> GaussianMixture:
@@ -344,7 +347,7 @@ class GaussianMixture(nn.Module):
             (fit_from(start, x, self._fresh(), self._em_options()) for start in starts), key=lambda fit: fit.objective
         )
         self._write(best.parameters)
-        self._begin(best.statistics.scale(1.0 / best.statistics.weight))
+        self._begin(best.statistics.scale(1.0 / best.statistics.weight()))
         self.history_ = best.history
         for name, value in best.outcome.items():
             getattr(self, name).fill_(value)
@@ -553,7 +556,7 @@ class GaussianMixture(nn.Module):
 
     def _maximize(self, statistics: Statistics) -> None:
         """M-step at the sums, which become the running ones; without any row nothing changes."""
-        usable = statistics.weight > 0
+        usable = statistics.weight() > 0
         self._write(
             functional.maximize(statistics, self._snapshot(), self.covariance, self.reg_covar, self.reg_covar_relative)
         )

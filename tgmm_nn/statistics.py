@@ -73,11 +73,11 @@ class Statistics(NamedTuple):
 
         Named, not ``+``: on a tuple a forgotten operator concatenates in silence.
         """
-        return self._with(a + b for a, b in zip(self.sums, other.about(self.origin).sums, strict=True))
+        return self._with(a + b for a, b in zip(self.sums(), other.about(self.origin).sums(), strict=True))
 
     def scale(self, factor: float | Tensor) -> Statistics:
         """Return the sums of the same rows, each counting ``factor`` times."""
-        return self._with(factor * s for s in self.sums)
+        return self._with(factor * s for s in self.sums())
 
     def about(self, origin: Tensor) -> Statistics:
         r"""Return the same sums about another reference point :math:`o'`; exact but for rounding.
@@ -96,29 +96,26 @@ class Statistics(NamedTuple):
         sums = (self.count, first, second, self.log_likelihood, self.rows, self.skipped)
         return Statistics(*sums, origin, self.covariance)
 
-    @property
     def sums(self) -> tuple[Tensor, ...]:
         """The additive part: everything but the reference point and the structure."""
         return (self.count, self.first, self.second, self.log_likelihood, self.rows, self.skipped)
 
-    @property
     def weight(self) -> Tensor:
         """Total weight of the rows, the sum of ``count``, shape ``()``."""
         return self.count.sum()
 
-    @property
     def mean_log_likelihood(self) -> Tensor:
         """Average log-likelihood in nats per unit of row weight, shape ``()``; nan when there are no rows."""
-        return self.log_likelihood / self.weight
+        return self.log_likelihood / self.weight()
 
     def flatten(self) -> Tensor:
         """Return all sums as one vector, the message that ranks exchange; `unflatten` undoes it."""
-        return torch.cat([s.reshape(-1) for s in self.sums])
+        return torch.cat([s.reshape(-1) for s in self.sums()])
 
     def unflatten(self, flat: Tensor) -> Statistics:
         """Return statistics shaped like these with the sums in ``flat``."""
-        parts = flat.split([s.numel() for s in self.sums])
-        return self._with(p.reshape(s.shape) for p, s in zip(parts, self.sums, strict=True))
+        parts = flat.split([s.numel() for s in self.sums()])
+        return self._with(p.reshape(s.shape) for p, s in zip(parts, self.sums(), strict=True))
 
     def _with(self, sums: Iterable[Tensor]) -> Statistics:
         """Return other sums, in the order of `sums`, about the same reference point."""
