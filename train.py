@@ -8,6 +8,8 @@ import logging
 import sys
 import warnings
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import hydra
 import lightning
@@ -48,30 +50,44 @@ def check_values(cfg: DictConfig) -> None:
     check_integer("seed", cfg.seed, minimum=0)
     check_integer("num_threads", cfg.num_threads, optional=True)
     check_integer("trainer.max_epochs", cfg.trainer.max_epochs, minimum=-1)
-    if cfg.ckpt_path is not None and not Path(str(cfg.ckpt_path)).is_file():
+    if cfg.ckpt_path is None:
+        return
+    if not Path(str(cfg.ckpt_path)).is_file():
         raise ValueError(f"Expected `ckpt_path` to be a file, but got {cfg.ckpt_path!r}.")
+    try:
+        torch.load(cfg.ckpt_path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        raise ValueError(f"Expected `ckpt_path` to be a checkpoint of a run, but got {cfg.ckpt_path!r}.") from error
+
+
+def build(node: DictConfig | None, **options: Any) -> Any:
+    """Instantiate a node of the config, as plain containers: a DictConfig in a state would not load as weights only."""
+    return None if node is None else hydra.utils.instantiate(node, _convert_="all", **options)
 
 
 def train(cfg: DictConfig) -> list[Row]:
     """Build what the config says, train, and report; everything is written to the run's folder."""
-    folder = Path(cfg.paths.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    resolved = OmegaConf.to_yaml(cfg, resolve=True)
-    (folder / "config.yaml").write_text(resolved)
-    print(resolved)
-
     if cfg.num_threads is not None:
         torch.set_num_threads(cfg.num_threads)
         threadpool_limits(cfg.num_threads)  # scikit-learn's and NumPy's
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
-    # Plain containers: a DictConfig in a module's state cannot be loaded with weights_only=True.
-    data = hydra.utils.instantiate(cfg.data, _convert_="all")
-    model = hydra.utils.instantiate(cfg.model, _convert_="all")
-    callbacks = list(hydra.utils.instantiate(cfg.callbacks, _convert_="all").values())
-    logger = hydra.utils.instantiate(cfg.logger, _convert_="all")
-    trainer = hydra.utils.instantiate(cfg.trainer, callbacks=callbacks, logger=logger, _convert_="all")
+    data, model = build(cfg.data), build(cfg.model)
+    callbacks = [callback for callback in build(cfg.callbacks).values() if callback is not None]
+    trainer = build(cfg.trainer, callbacks=callbacks, logger=build(cfg.get("logger")) or False)
 
-    trainer.fit(model, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+    folder = Path(cfg.paths.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    resolved = OmegaConf.to_yaml(cfg, resolve=True)
+    (folder / "config.yaml").write_text(resolved)
+    print(resolved, flush=True)
+
+    try:
+        trainer.fit(model, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+    except (KeyboardInterrupt, SystemExit):
+        latest = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        hint = f"; resume with ckpt_path={latest}" if latest else ""
+        print(f"\nInterrupted in epoch {trainer.current_epoch}{hint}", file=sys.stderr)
+        raise
     if not trainer.is_global_zero:
         return []
 
@@ -101,10 +117,11 @@ def main(cfg: DictConfig) -> None:
         check_keys(cfg)
         check_values(cfg)
         train(cfg)
-    except (TypeError, ValueError) as error:
-        if not str(error).startswith("Expected "):
+    except (TypeError, ValueError, RuntimeError) as error:
+        # A wrong option, in the words of our own checks or of load_state_dict: a traceback would only hide them.
+        if not str(error).startswith(("Expected `", "Expected the config", "Error(s) in loading state_dict")):
             raise
-        sys.exit(str(error))  # a wrong option, in the words of our own checks: a traceback would only hide them
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -84,7 +84,30 @@ def test_a_fresh_mixture_starts_as_soon_as_enough_rows_were_seen():
 def test_nothing_is_updated_before_the_start_epoch():
     model = started()
     before = state(model.gmm)
-    trainer(EMCallback(start_epoch=2), max_epochs=2).fit(model, loader())
+    with pytest.warns(UserWarning, match="EM does not run: start_epoch=2 is not reached with max_epochs=2"):
+        trainer(EMCallback(start_epoch=2), max_epochs=2).fit(model, loader())
+    assert_same_state(state(model.gmm), before)
+
+
+@pytest.mark.parametrize(("share", "max_epochs", "first"), [(0.4, 5, 1), (0.4, 10, 3), (0.01, 3, 0), (0.99, 3, 2)])
+def test_a_float_start_epoch_is_a_share_of_max_epochs(share, max_epochs, first):
+    model = started()
+    trainer(EMCallback(start_epoch=share), max_epochs=max_epochs).fit(model, loader())
+    assert int(model.gmm.n_updates) == 5 * (max_epochs - first)
+
+
+def test_a_share_of_endless_training_raises():
+    with pytest.raises(ValueError, match="`start_epoch` as an epoch where `max_epochs` is not set":
+        trainer(EMCallback(start_epoch=0.5), max_epochs=-1, max_steps=3).fit(Toy(), loader())
+
+
+@pytest.mark.parametrize("mode", ["minibatch", "full"])
+def test_a_mixture_that_never_had_enough_rows_is_told_of(mode):
+    model = Toy()
+    model.gmm = GaussianMixture(100, 2)
+    before = state(model.gmm)
+    with pytest.warns(UserWarning, match="EM never started on 'gmm'"):
+        trainer(EMCallback(mode=mode)).fit(model, loader())
     assert_same_state(state(model.gmm), before)
 
 
@@ -319,6 +342,8 @@ class HalfLoader:
         ({"embeddings": ""}, "`embeddings`"),
         ({"mode": "stepwise"}, "`mode` to be one of 'minibatch', 'full', but got 'stepwise'"),
         ({"start_epoch": -1}, "`start_epoch`"),
+        ({"start_epoch": 1.5}, "`start_epoch`"),
+        ({"start_epoch": 0.0}, "`start_epoch`"),
         ({"step_size": 0.0}, "`step_size`"),
         ({"step_size": 1.5}, "`step_size`"),
         ({"decay": 0.5}, "`decay`"),

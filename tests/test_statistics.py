@@ -6,6 +6,7 @@ import pytest
 import torch
 from oracles import assert_near, restrict
 
+from tgmm_nn import GaussianMixture
 from tgmm_nn.covariance import COVARIANCES
 from tgmm_nn.statistics import Statistics
 
@@ -125,3 +126,23 @@ def test_weight_and_mean_log_likelihood_are_totals_per_row(family, data):
     assert_near(sums.weight(), r.double().sum())
     assert_near(sums.mean_log_likelihood(), sums.log_likelihood / r.double().sum())
     assert torch.isnan(sums.scale(0.0).mean_log_likelihood())
+
+
+@pytest.mark.parametrize("other", ["diag", "spherical", "tied_full"])
+def test_sums_of_another_structure_or_size_do_not_merge(other, generator):
+    """Broadcasting would mix (K, d) into (K, d, d) in silence."""
+    ours, theirs, more = (
+        GaussianMixture(k, 2, name).statistics(torch.randn(5, 2, generator=generator))
+        for k, name in ((3, "full"), (3, other), (4, "full"))
+    )
+    with pytest.raises(ValueError, match="take them from the same mixture"):
+        ours.merge(theirs)
+    with pytest.raises(ValueError, match=r"sums of shape \(3, 2\), but got .* with \(4, 2\)"):
+        ours.merge(more)
+    gmm = GaussianMixture(3, 2)
+    for wrong in (theirs, more):
+        with pytest.raises(ValueError, match="take them from the same mixture"):
+            gmm.maximize(wrong)
+    with pytest.raises(TypeError, match="`statistics` to be Statistics, but got Tensor"):
+        gmm.maximize(torch.zeros(3, 2))
+    assert not gmm.fitted_

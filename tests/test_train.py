@@ -100,6 +100,32 @@ def test_a_run_writes_what_the_readme_lists_and_resumes(train, capsys):
     assert int(again["state_dict"]["gmm.n_updates"]) == 16  # it went on, and nothing was started anew
 
 
+def test_another_mixture_than_the_checkpoints_is_one_message(train, capsys):
+    folder = train(
+        *QUICK, "trainer.max_epochs=1", "callbacks.em.start_epoch=0", "logger=none", "callbacks.latent_plot=null"
+    )
+    assert not (folder / "metrics.csv").exists()
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    with pytest.raises(SystemExit, match=r"'covariance_type': 'diag'.*, but got one with .*'covariance_type': 'full'"):
+        train(*QUICK, f"ckpt_path={checkpoint}", "gmm.covariance_type=diag", folder="other")
+
+
+def test_an_interrupted_run_says_how_to_resume(train, capsys, monkeypatch):
+    from tgmm_nn.experiments.contrastive import ContrastiveClustering
+
+    def interrupt(self, *args):
+        if self.current_epoch == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ContrastiveClustering, "on_train_batch_start", interrupt)
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as stop:
+        train(*QUICK)
+    error = capsys.readouterr().err
+    checkpoint = re.search(r"Interrupted in epoch 1; resume with ckpt_path=(\S+)", error).group(1)
+    assert torch.load(checkpoint, weights_only=True)["epoch"] == 0
+    assert getattr(stop.value, "code", 1) not in (0, None)
+
+
 @pytest.mark.slow
 def test_the_command_runs_in_another_folder(tmp_path):
     done = subprocess.run(
@@ -127,10 +153,15 @@ def test_the_command_runs_in_another_folder(tmp_path):
         ("seed=one", "Expected `seed` to be an integer, but got 'one'"),
         ("trainer.max_epochs=ten", "Expected `trainer.max_epochs` to be an integer, but got 'ten'"),
         ("ckpt_path=nowhere.ckpt", "Expected `ckpt_path` to be a file, but got 'nowhere.ckpt'"),
+        ("gmm.n_components=2000", "Expected `n_components` of at most the 1797 rows, but got 2000"),
+        ("ckpt_path=train.py", "Expected `ckpt_path` to be a checkpoint of a run, but got 'train.py'"),
         ("gmm.n_features=0", "Expected `n_features` to be at least 1"),
     ],
 )
-def test_a_wrong_option_ends_with_exit_code_1_and_one_message_that_names_it(train, capsys, override, message):
+def test_a_wrong_option_ends_with_exit_code_1_and_one_message_that_names_it(
+    train, capsys, monkeypatch, override, message
+):
+    monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stop:
         train(*QUICK, override)
     error = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err

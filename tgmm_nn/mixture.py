@@ -248,7 +248,13 @@ class GaussianMixture(nn.Module):
 
     @torch.no_grad()
     def maximize(self, statistics: Statistics) -> None:
-        """Set the parameters to the maximisers given the sums (the M-step), and keep the sums as the running ones."""
+        """Set the parameters to the maximisers given the sums (the M-step), and keep the sums as the running ones.
+
+        Raises:
+            TypeError: If ``statistics`` are no `Statistics`.
+            ValueError: If they are of another covariance structure or size.
+        """
+        self._running().check_like(statistics)
         self._maximize(statistics)
         self.running_step_size.copy_(torch.where(statistics.weight() > 0, 1.0, self.running_step_size))
 
@@ -355,7 +361,7 @@ class GaussianMixture(nn.Module):
             warnings.warn(
                 f"EM did not converge in max_iter={self.max_iter} iterations (last change of the mean log-likelihood: "
                 f"{best.last_change:.3g}, tol={self.tol:g}); raise `max_iter` or `tol`.",
-                stacklevel=2,
+                stacklevel=3,  # torch.no_grad wraps this method
             )
         return self
 

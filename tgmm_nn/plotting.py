@@ -10,6 +10,7 @@ import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Ellipse
 from torch import Tensor
 
@@ -56,8 +57,8 @@ def plot_latent(
 ) -> Axes:
     r"""Scatter rows in their principal plane, with each component's ellipse of ``n_std`` standard deviations.
 
-    A component projects to :math:`N(V^\top (\mu - \bar x), V^\top \Sigma V)`. An ellipse is as opaque as its component
-    is heavy, at least faintly visible. A mixture that is not fitted shows no ellipses.
+    A component projects to :math:`N(V^\top (\mu - \bar x), V^\top \Sigma V)`; its number stands at its mean. An
+    ellipse is as opaque as its component is heavy, at least faintly visible. A mixture that is not fitted shows none.
 
     Args:
         gmm: Mixture of d features.
@@ -76,6 +77,10 @@ def plot_latent(
     ax.scatter(points[:, 0], points[:, 1], s=6, alpha=0.5, linewidths=0, c=shades)
     if gmm.fitted_:
         _draw_components(ax, gmm, mean, plane, n_std, own_colors=labels is None)
+    else:
+        title = f"{title} (mixture not started)"
+    if labels is not None:
+        _name_colors(ax, labels)
     ax.set(title=title, xlabel="first principal direction", ylabel="second principal direction", aspect="equal")
     ax.autoscale_view()
     return ax
@@ -106,6 +111,14 @@ def plot_curves(
         ax.set(ylabel=name, xlabel="epoch")
         ax.grid(alpha=0.3)
     return axes
+
+
+def _name_colors(ax: Axes, labels: Tensor) -> None:
+    """Add a legend of the labels, where there are not too many to tell apart."""
+    values = labels.unique().tolist()
+    if len(values) <= COLORS.N:
+        dots = [Line2D([], [], ls="", marker="o", color=COLORS(v % COLORS.N), label=str(v)) for v in values]
+        ax.legend(handles=dots, title="class", fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _draw_components(

@@ -72,7 +72,11 @@ class Statistics(NamedTuple):
         """Return the sums of both, about this one's reference point.
 
         Named, not ``+``: on a tuple a forgotten operator concatenates in silence.
+
+        Raises:
+            ValueError: If the other sums are of another structure or shape.
         """
+        self.check_like(other)
         return self._with(a + b for a, b in zip(self.sums(), other.about(self.origin).sums(), strict=True))
 
     def scale(self, factor: float | Tensor) -> Statistics:
@@ -95,6 +99,16 @@ class Statistics(NamedTuple):
         first, second = self.first + n_delta, self.second + self.covariance.pool(shift)
         sums = (self.count, first, second, self.log_likelihood, self.rows, self.skipped)
         return Statistics(*sums, origin, self.covariance)
+
+    def check_like(self, other: Statistics) -> None:
+        """Raise unless ``other`` are sums of the same structure and shape: broadcasting would mix them in silence."""
+        if not isinstance(other, Statistics):
+            raise TypeError(f"Expected `statistics` to be Statistics, but got {type(other).__name__}.")
+        if other.covariance != self.covariance or other.first.shape != self.first.shape:
+            raise ValueError(
+                f"Expected `statistics` of {self.covariance} with sums of shape {tuple(self.first.shape)}, "
+                f"but got {other.covariance} with {tuple(other.first.shape)}; take them from the same mixture."
+            )
 
     def sums(self) -> tuple[Tensor, ...]:
         """The additive part: everything but the reference point and the structure."""

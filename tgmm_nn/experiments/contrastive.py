@@ -165,6 +165,12 @@ class ContrastiveClustering(lightning.LightningModule):
         """Return the embeddings that the mixture clusters, shape ``(B, d)``."""
         return self.latent(self.encoder(x))
 
+    def on_fit_start(self) -> None:
+        """Raise if the data have fewer rows than the mixture has components, before any time is spent."""
+        n_rows = len(self.trainer.datamodule.x)  # type: ignore[attr-defined]
+        if n_rows < self.gmm.n_components:
+            raise ValueError(f"Expected `n_components` of at most the {n_rows} rows, but got {self.gmm.n_components}.")
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return NT-Xent of two views; pass the clean rows by the mixture."""
         views = torch.cat([self.augmentation(batch["x"]), self.augmentation(batch["neighbour"])])

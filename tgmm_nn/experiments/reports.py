@@ -103,8 +103,8 @@ def _kmeans(x: Tensor, n_clusters: int, seed: int) -> Tensor:
 
 def _draw(gmm: GaussianMixture, z: Tensor, x: Tensor, y: Tensor, image_shape: tuple[int, int], folder: Path) -> None:
     by_component, by_class = new_axes(1, 2)
-    plot_latent(gmm, z, title="coloured by component", ax=by_component)
-    plot_latent(gmm, z, y, title="coloured by class", ax=by_class)
+    plot_latent(gmm, z, title="coloured by component; ellipses of 2 sd", ax=by_component)
+    plot_latent(gmm, z, y, title="coloured by class; numbers are components", ax=by_class)
     save(by_class, folder / "latent.png")
 
     r = gmm.predict_proba(z).to(x)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import lightning
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
@@ -36,7 +38,8 @@ class EMCallback(lightning.Callback):
             key of what ``training_step`` returned.
         mode: ``"minibatch"`` makes one stepwise EM update per optimizer step. ``"full"`` keeps the rows of the epoch
             and makes ``n_iterations`` exact EM updates on them at its last batch.
-        start_epoch: First epoch, from 0, in which the mixture is started and updated.
+        start_epoch: First epoch, from 0, in which the mixture is started and updated; a float in (0, 1) is the share of
+            ``max_epochs`` that has passed at that epoch's end.
         step_size: Constant share of a batch in ``"minibatch"``; None takes the decreasing :math:`(t + t_0)^{-\kappa}`.
         decay: :math:`\kappa` of that schedule, in (0.5, 1].
         offset: :math:`t_0` of that schedule, at least 1.
@@ -64,7 +67,7 @@ class EMCallback(lightning.Callback):
         embeddings: str = "encoder",
         mode: Literal["minibatch", "full"] = "minibatch",
         *,
-        start_epoch: int = 0,
+        start_epoch: int | float = 0,
         step_size: float | None = None,
         decay: float = 0.6,
         offset: float = 10.0,
@@ -76,7 +79,10 @@ class EMCallback(lightning.Callback):
         for name, value in (("module", module), ("embeddings", embeddings), ("prefix", prefix)):
             checks.check_string(name, value)
         checks.check_choice("mode", mode, ("minibatch", "full"))
-        checks.check_integer("start_epoch", start_epoch, minimum=0)
+        if isinstance(start_epoch, float):
+            checks.check_number("start_epoch", start_epoch, 0.0, 1.0, strict=True)
+        else:
+            checks.check_integer("start_epoch", start_epoch, minimum=0)
         checks.check_step_size(step_size)
         checks.check_integer("n_iterations", n_iterations)
         checks.check_integer("init_samples", init_samples)
@@ -95,6 +101,7 @@ class EMCallback(lightning.Callback):
         self._bank: list[Tensor] = []
         self._started = False
         self._last_step = 0
+        self._first_epoch = 0
 
     @property
     def state_key(self) -> str:
@@ -112,6 +119,7 @@ class EMCallback(lightning.Callback):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Start listening; a mixture that a checkpoint or the user has fitted is not started again."""
         self._started = find_mixture(pl_module, self.module).fitted_
+        self._first_epoch = self._epoch_to_start(trainer.max_epochs)
         self._last_step = trainer.global_step
         self.source.attach(trainer, pl_module)
 
@@ -131,11 +139,16 @@ class EMCallback(lightning.Callback):
         self._last_step = trainer.global_step
         gmm = find_mixture(pl_module, self.module)
         rows = self._take(gmm)
-        value = self._update(gmm, rows, last) if trainer.current_epoch >= self.start_epoch else None
+        value = self._update(gmm, rows, last) if trainer.current_epoch >= self._first_epoch else None
         self._log(pl_module, gmm, _mean_log_density(gmm, rows) if value is None else value, len(rows))
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Stop listening."""
+        """Stop listening, and say so if the mixture was never started."""
+        if not self._started:
+            rank_zero_warn(
+                f"EM never started on {self.module!r}: training ended before an epoch from {self._first_epoch} on had "
+                f"given as many finite rows as it has components; its parameters are those of a fresh layer."
+            )
         self._release()
 
     def on_exception(
@@ -168,6 +181,20 @@ class EMCallback(lightning.Callback):
             return None
         bank, self._bank = torch.cat(self._bank), []
         return [gmm.em_step(bank) for _ in range(self.n_iterations)][-1]
+
+    def _epoch_to_start(self, max_epochs: int | None) -> int:
+        """Return the first epoch of EM, and warn if training ends before it."""
+        if isinstance(self.start_epoch, int):
+            first = self.start_epoch
+        elif max_epochs is None or max_epochs < 1:
+            raise ValueError(
+                f"Expected `start_epoch` as an epoch where `max_epochs` is not set, but got {self.start_epoch}."
+            )
+        else:
+            first = math.ceil(round(self.start_epoch * max_epochs, 9)) - 1
+        if max_epochs is not None and 0 <= max_epochs <= first:
+            rank_zero_warn(f"EM does not run: start_epoch={first} is not reached with max_epochs={max_epochs}.")
+        return first
 
     def _start(self, gmm: GaussianMixture, last: bool) -> None:
         """Initialise from the rows of all ranks as soon as there are enough of them, the same on each rank."""
