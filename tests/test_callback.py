@@ -97,7 +97,7 @@ def test_a_float_start_epoch_is_a_share_of_max_epochs(share, max_epochs, first):
 
 
 def test_a_share_of_endless_training_raises():
-    with pytest.raises(ValueError, match="`start_epoch` as an epoch where `max_epochs` is not set":
+    with pytest.raises(ValueError, match="`start_epoch` as an epoch where `max_epochs` is not set"):
         trainer(EMCallback(start_epoch=0.5), max_epochs=-1, max_steps=3).fit(Toy(), loader())
 
 
