@@ -27,7 +27,7 @@ KEYS = ("name", "seed", "num_threads", "ckpt_path", "data", "model", "gmm", "cal
 NOT_FOR_US = (
     ".*does not have many workers.*",
     ".*is smaller than the logging interval.*",
-    ".*exists and is not empty.*",
+    ".*exists and is not empty.*",  # it holds config.yaml; a folder with an earlier run's metrics is refused
     ".*LeafSpec.*is deprecated.*",
     "Sparse invariant checks.*",
     "The dirpath has changed.*",  # a resumed run writes into a folder of its own
@@ -43,11 +43,14 @@ def check_keys(cfg: DictConfig) -> None:
             raise ValueError(
                 f"Expected the config's top-level keys to be among {', '.join(KEYS)}, but got {key!r}{hint}"
             )
+    for key in map(str, cfg.paths):
+        if key != "output_dir":
+            raise ValueError(f"Expected the config's `paths` to hold output_dir alone, but got {key!r}")
 
 
 def check_values(cfg: DictConfig) -> None:
     """Raise if a value that no constructor of ours checks has the wrong type, or if a checkpoint does not exist."""
-    check_integer("seed", cfg.seed, minimum=0)
+    check_integer("seed", cfg.seed, minimum=0, maximum=2**32 - 1)
     check_integer("num_threads", cfg.num_threads, optional=True)
     check_integer("trainer.max_epochs", cfg.trainer.max_epochs, minimum=-1)
     if cfg.ckpt_path is None:
@@ -72,11 +75,16 @@ def train(cfg: DictConfig) -> list[Row]:
         threadpool_limits(cfg.num_threads)  # scikit-learn's and NumPy's
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     data, model = build(cfg.data), build(cfg.model)
-    callbacks = [callback for callback in build(cfg.callbacks).values() if callback is not None]
-    trainer = build(cfg.trainer, callbacks=callbacks, logger=build(cfg.get("logger")) or False)
+    callbacks = {name: callback for name, callback in build(cfg.callbacks).items() if callback is not None}
+    for name, callback in callbacks.items():
+        if not isinstance(callback, lightning.Callback):
+            raise TypeError(f"Expected `callbacks.{name}` to build a callback, but got {callback!r}.")
+    trainer = build(cfg.trainer, callbacks=list(callbacks.values()), logger=build(cfg.get("logger")) or False)
 
     folder = Path(cfg.paths.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "metrics.csv").exists():
+        raise ValueError(f"Expected `hydra.run.dir` to be new, but {folder} holds the metrics of an earlier run.")
     resolved = OmegaConf.to_yaml(cfg, resolve=True)
     (folder / "config.yaml").write_text(resolved)
     print(resolved, flush=True)

@@ -255,6 +255,21 @@ def test_the_hook_is_removed_however_training_ends(error):
 
 
 @pytest.mark.parametrize("mode", ["minibatch", "full"])
+def test_a_batch_without_a_usable_row_does_not_make_the_logged_likelihood_nan(mode):
+    x = rows(40)
+    x[10:20] = torch.nan
+    model = started()
+    model.training_step = lambda batch, batch_idx: {
+        "loss": model.encoder.weight.square().sum(),
+        "z": model.encoder(batch[0]).detach(),
+    }
+    run = trainer(EMCallback(mode=mode))
+    run.fit(model, loader(x))
+    assert torch.isfinite(run.callback_metrics["em/log_likelihood"])
+    assert int(model.gmm.n_skipped) == 20
+
+
+@pytest.mark.parametrize("mode", ["minibatch", "full"])
 def test_a_finite_likelihood_is_logged_from_the_first_epoch(mode):
     """A monitored key that is missing, or nan, makes EarlyStopping raise or stop."""
     values = []

@@ -135,15 +135,13 @@ def test_other_rows_are_refused(x, error, message):
 
 def test_sample_weights_are_one_real_number_per_row():
     for weight in (torch.ones(4), torch.ones(2, 2), torch.ones(4, dtype=torch.int64)):
-        checks.check_sample_weight(weight, 4)
-    with refuses(
-        ValueError, "Expected `sample_weight` with one number for each of the 4 rows of `x`, but got shape (3,)."
-    ):
-        checks.check_sample_weight(torch.ones(3), 4)
+        checks.check_sample_weight(weight, tuple(weight.shape))
+    with refuses(ValueError, "Expected `sample_weight` of shape (4,), one number for each row of `x`, but got (3,)."):
+        checks.check_sample_weight(torch.ones(3), (4,))
     with refuses(TypeError, "Expected `sample_weight` to be a real tensor, but got list."):
-        checks.check_sample_weight([1.0] * 4, 4)
+        checks.check_sample_weight([1.0] * 4, (4,))
     with refuses(TypeError, "Expected `sample_weight` to be a real tensor, but got torch.complex64."):
-        checks.check_sample_weight(torch.ones(4).cfloat(), 4)
+        checks.check_sample_weight(torch.ones(4).cfloat(), (4,))
 
 
 @pytest.mark.parametrize("shape", [(5, 2), (5,), (5, 3, 2)])

@@ -291,3 +291,31 @@ def test_data_that_cannot_be_fitted_raise_and_change_nothing(method, x, message,
     gmm = random_layer("full", generator)
     with unchanged(gmm), pytest.raises(ValueError, match=message):
         getattr(gmm, method)(x)
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e38])
+def test_rows_whose_squares_overflow_are_refused(family, scale, clusters):
+    gmm = GaussianMixture(3, 2, family)
+    before = copy_of_buffers(gmm)
+    for method in (gmm.fit, gmm.initialize):
+        with pytest.raises(ValueError, match="`x` small enough that its squares add up"):
+            method((clusters / clusters.abs().max() * scale).float())
+    assert_same_buffers(gmm, before)
+
+
+def test_autocast_does_not_reach_a_fit(family, clusters):
+    options = {"random_state": 0, "max_iter": 500}
+    x = clusters.float()
+    plain = GaussianMixture(3, 2, family, **options).fit(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        within = GaussianMixture(3, 2, family, **options).fit(x)
+        start = GaussianMixture(3, 2, family, **options).initialize(x)
+        torch.testing.assert_close(within.covariances_, plain.covariances_, rtol=0, atol=0)
+    assert_same_buffers(within, copy_of_buffers(plain))
+    assert_same_buffers(start, copy_of_buffers(GaussianMixture(3, 2, family, **options).initialize(x)))
+
+
+def test_lists_keep_the_digits_of_the_layer():
+    gmm = GaussianMixture(1, 1, "diag", dtype=torch.float64).set_parameters([1.0], [[0.1]], [[0.3]])
+    assert gmm.means_.item() == 0.1
+    assert gmm.covariances_.item() == pytest.approx(0.3, rel=1e-15)

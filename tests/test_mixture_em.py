@@ -1,6 +1,7 @@
 """`em_step`, `statistics` and `maximize`: one update without gradient, exact or on a minibatch."""
 
 import copy
+import math
 from functools import partial
 
 import pytest
@@ -222,9 +223,9 @@ def test_bad_step_sizes_raise_and_change_nothing(step_size, error, message, gene
         (
             torch.ones(9),
             ValueError,
-            r"`sample_weight` with one number for each of the 10 rows of `x`, but got shape \(9,\)",
+            r"`sample_weight` of shape \(10,\), one number for each row of `x`, but got \(9,\)",
         ),
-        (torch.tensor(1.0), ValueError, r"`sample_weight` with one number .*, but got shape \(\)"),
+        (torch.tensor(1.0), ValueError, r"`sample_weight` of shape \(10,\), .*, but got \(\)"),
         ([1.0] * 10, TypeError, "`sample_weight` to be a real tensor, but got list"),
     ],
 )
@@ -327,3 +328,46 @@ def test_float32_updates_far_from_zero_agree_with_float64(covariance_type, gener
         wide.em_step(batch, step_size=1 / t)
     torch.testing.assert_close(gmm.means_.double(), wide.means_, rtol=0, atol=1e-3)
     torch.testing.assert_close(gmm.covariances_.double(), wide.covariances_, rtol=0, atol=3e-4)
+
+
+def test_a_transposed_weight_is_refused(generator):
+    x = torch.randn(3, 4, 2, generator=generator)
+    gmm = GaussianMixture(2, 2)
+    assert gmm.statistics(x, torch.ones(3, 4)).weight() == 12
+    with pytest.raises(ValueError, match=r"`sample_weight` of shape \(3, 4\), .*, but got \(4, 3\)"):
+        gmm.statistics(x, torch.ones(4, 3))
+
+
+@pytest.mark.parametrize("step_size", [0.0, -1.0, 1.5, math.nan, math.inf])
+def test_a_tensor_step_size_out_of_range_changes_nothing(family, step_size, generator):
+    """Its value is not read on the host, so it can't raise."""
+    x = torch.randn(20, 2, generator=generator)
+    gmm = GaussianMixture(2, 2, family, random_state=0).initialize(x)
+    before = copy_of_buffers(gmm)
+    gmm.em_step(x, step_size=torch.tensor(step_size))
+    assert_same_buffers(gmm, before)
+
+
+@pytest.mark.parametrize("weight", [1e38, 1e300])
+def test_weights_that_overflow_leave_a_valid_mixture(family, weight, generator):
+    x = torch.randn(20, 2, generator=generator)
+    gmm = GaussianMixture(2, 2, family, random_state=0).initialize(x)
+    gmm.em_step(x, torch.full((20,), weight, dtype=torch.float64))
+    assert float(gmm.weights_.sum()) == pytest.approx(1.0, abs=1e-6)
+    assert all(bool(torch.isfinite(b).all()) for name, b in gmm.named_buffers() if name.endswith("_"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_component_too_narrow_for_far_rows_keeps_finite_sums(family, dtype):
+    """The squared whitened distance overflows there; times a responsibility of zero it must stay zero."""
+    tiny = 1e-28 if dtype == torch.float32 else 1e-300
+    gmm = GaussianMixture(2, 1, family, reg_covar=0.0, dtype=dtype)
+    shape = gmm.covariances_.shape
+    covariances = torch.full(shape, tiny, dtype=dtype)
+    gmm.set_parameters([0.5, 0.5], [[0.0], [1e6]], covariances)
+    x = torch.cat([torch.arange(5.0)[:, None] * tiny**0.5, 1e6 + torch.arange(5.0)[:, None]]).to(dtype)
+    for _ in range(2):
+        gmm.em_step(x, step_size=0.5)
+    for name, buffer in gmm.named_buffers():
+        if name not in ("lower_bound", "objective"):
+            assert bool(torch.isfinite(buffer).all()), name

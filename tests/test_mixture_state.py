@@ -260,3 +260,42 @@ def test_a_layer_on_the_meta_device_has_shapes():
     assert gmm(x).shape == (5,)
     assert gmm.predict_proba(x).shape == (5, 3)
     assert gmm.em_step(x).shape == ()
+
+
+@pytest.mark.parametrize("extra", [None, torch.zeros(1), "full"])
+def test_a_foreign_extra_state_is_one_error(extra, family):
+    gmm = GaussianMixture(3, 2, family)
+    state = gmm.state_dict()
+    state["_extra_state"] = extra
+    before = copy_of_buffers(gmm)
+    with pytest.raises(RuntimeError, match="`_extra_state` to be a dictionary of options, but got"):
+        gmm.load_state_dict(state)
+    assert_same_buffers(gmm, before)
+
+
+def test_a_state_that_is_assigned_stays_wide(family, generator):
+    gmm = GaussianMixture(3, 2, family).fit(
+        torch.randn(60, 2, generator=generator) * 3,
+    )
+    half = {
+        k: v.half() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in gmm.state_dict().items()
+    }
+    other = GaussianMixture(3, 2, family)
+    other.load_state_dict(half, assign=True)
+    kinds = {name: buffer.dtype for name, buffer in other.named_buffers() if buffer.is_floating_point()}
+    assert all(kinds[name] == torch.float32 for name in PARAMETERS)
+    assert all(dtype == torch.float64 for name, dtype in kinds.items() if name not in PARAMETERS)
+
+
+def test_a_compiled_update_takes_one_step_size_after_another(generator):
+    """A schedule gives another number each time, which the compiler turns into a symbol."""
+    torch._dynamo.reset()
+    x = torch.randn(30, 2, generator=generator)
+    eager = GaussianMixture(2, 2, random_state=0).initialize(x)
+    compiled = copy.deepcopy(eager)
+    step = torch.compile(compiled.em_step, fullgraph=True, backend="aot_eager")
+    for step_size in (0.5, 0.4, 0.3, 0.2):
+        eager.em_step(x, step_size=step_size)
+        step(x, step_size=step_size)
+    for name in PARAMETERS:
+        assert_near(getattr(compiled, name), getattr(eager, name), 1e-6)

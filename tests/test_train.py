@@ -177,6 +177,28 @@ def test_a_top_level_typo_inside_an_experiment_file_is_refused(train, tmp_path):
         train("experiment=typo", f"hydra.searchpath=[{tmp_path}]")
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("callbacks:\n  emm:\n    mode: full\n", "Expected `callbacks.emm` to build a callback"),
+        ("paths:\n  output_dri: x\n", "Expected the config's `paths` to hold output_dir alone, but got 'output_dri'"),
+    ],
+)
+def test_a_typo_one_level_down_inside_an_experiment_file_is_refused(train, tmp_path, override, message):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "typo.yaml").write_text("# @package _global_\n" + override)
+    with pytest.raises(SystemExit, match=message):
+        train("experiment=typo", f"hydra.searchpath=[{tmp_path}]")
+
+
+def test_the_metrics_of_an_earlier_run_are_not_overwritten(train, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.csv").write_text("epoch\n")
+    with pytest.raises(SystemExit, match=r"`hydra.run.dir` to be new, but .* holds the metrics of an earlier run"):
+        train(*QUICK)
+    assert (tmp_path / "run" / "metrics.csv").read_text() == "epoch\n"
+
+
 def test_an_option_that_nothing_reads_inside_an_experiment_file_is_refused(train, tmp_path, capsys):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "typo.yaml").write_text("# @package _global_\ngmm:\n  n_componets: 3\n")

@@ -20,6 +20,8 @@ __all__ = [
     "check_number",
     "check_rows",
     "check_sample_weight",
+    "check_share",
+    "check_squares",
     "check_step_size",
     "check_string",
     "check_symmetric",
@@ -27,7 +29,9 @@ __all__ = [
 ]
 
 
-def check_integer(name: str, value: Any, minimum: int = 1, *, optional: bool = False) -> None:
+def check_integer(
+    name: str, value: Any, minimum: int = 1, *, maximum: int | None = None, optional: bool = False
+) -> None:
     """Raise unless ``value`` is an integer of at least ``minimum`` (or None where ``optional``).
 
     Example:
@@ -43,6 +47,8 @@ def check_integer(name: str, value: Any, minimum: int = 1, *, optional: bool = F
         raise TypeError(f"Expected `{name}` to be an integer{alternative}, but got {value!r} ({type(value).__name__}).")
     if value < minimum:
         raise ValueError(f"Expected `{name}` to be at least {minimum}, but got {value}.")
+    if maximum is not None and int(value) > maximum:
+        raise ValueError(f"Expected `{name}` to be at most {maximum}, but got {value}.")
 
 
 def check_number(
@@ -51,12 +57,18 @@ def check_number(
     """Raise unless ``value`` is a finite number in ``[minimum, maximum]``, or above ``minimum`` where ``strict``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"Expected `{name}` to be a number, but got {value!r} ({type(value).__name__}).")
-    value = float(value)
-    too_small = value <= minimum if strict else value < minimum
-    if too_small or value > maximum or not math.isfinite(value):
+    # Comparisons only, which compiled code can trace: nan fails them all.
+    large_enough = value > minimum if strict else value >= minimum  # type: ignore[operator]
+    if not (large_enough and value <= maximum and value < math.inf):
         lower = f"above {minimum:g}" if strict else f"at least {minimum:g}"
         upper = f" and at most {maximum:g}" if math.isfinite(maximum) else " and finite"
         raise ValueError(f"Expected `{name}` to be {lower}{upper}, but got {value}.")
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise unless ``value`` is in (0, 1), both ends excluded."""
+    if not 0.0 < value < 1.0:
+        raise ValueError(f"Expected `{name}`, given as a float, to be between 0 and 1, but got {value}.")
 
 
 def check_bool(name: str, value: Any) -> None:
@@ -104,15 +116,24 @@ def check_rows(name: str, x: Any, n_features: int) -> None:
         )
 
 
-def check_sample_weight(sample_weight: Any, n_rows: int) -> None:
-    """Raise unless ``sample_weight`` is a real tensor with one number for each of ``n_rows`` rows."""
+def check_sample_weight(sample_weight: Any, shape: tuple[int, ...]) -> None:
+    """Raise unless ``sample_weight`` is a real tensor of ``shape``, that of the rows without their features."""
     if not isinstance(sample_weight, Tensor) or sample_weight.is_complex():
         kind = sample_weight.dtype if isinstance(sample_weight, Tensor) else type(sample_weight).__name__
         raise TypeError(f"Expected `sample_weight` to be a real tensor, but got {kind}.")
-    if sample_weight.numel() != n_rows:
+    if tuple(sample_weight.shape) != tuple(shape):
         raise ValueError(
-            f"Expected `sample_weight` with one number for each of the {n_rows} rows of `x`, "
-            f"but got shape {tuple(sample_weight.shape)}."
+            f"Expected `sample_weight` of shape {tuple(shape)}, one number for each row of `x`, "
+            f"but got {tuple(sample_weight.shape)}."
+        )
+
+
+def check_squares(name: str, x: Tensor) -> None:
+    """Raise if the squared length of a row overflows the dtype of ``x``; reads one value on the host."""
+    if not bool(torch.isfinite(x.square().sum())):
+        raise ValueError(
+            f"Expected `{name}` small enough that its squares add up in {x.dtype}, but its largest value is "
+            f"{float(x.abs().max()):.3g}; rescale it or give it in float64."
         )
 
 
@@ -128,7 +149,7 @@ def check_finite(name: str, x: Tensor) -> None:
 def check_array(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Return ``value`` as a new finite tensor of ``shape``, in the dtype and on the device of ``like``."""
     try:
-        tensor = torch.as_tensor(value).detach().to(dtype=like.dtype, device=like.device, copy=True)
+        tensor = torch.as_tensor(value, dtype=like.dtype, device=like.device).detach().clone()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"Expected `{name}` to be a tensor, array, list or number, but got {value!r}.") from error
     if tuple(tensor.shape) != shape:

@@ -137,6 +137,8 @@ def whitened_statistics(
     r, log_likelihood, usable = _responsibilities(
         _log_joint_of_whitened(y, about, covariance), usable, sample_weight, log_prior
     )
+    # Where a component is so narrow, or so far, that |y|² overflows, 0 · inf would make its sums nan.
+    y = torch.where(r.unsqueeze(-1) > 0, y, 0.0)
     wide = accumulator_dtype(x.device)
     root = covariance.root(about.factor.to(wide))
     return Statistics(
@@ -382,8 +384,9 @@ def _responsibilities(
     usable = usable & torch.isfinite(log_p)
     weight = usable.to(joint.dtype)
     if sample_weight is not None:
+        sample_weight = sample_weight.to(joint.dtype)
         usable = usable & torch.isfinite(sample_weight) & (sample_weight >= 0)
-        weight = torch.where(usable, sample_weight.to(joint.dtype), 0.0)
+        weight = torch.where(usable, sample_weight, 0.0)
     r = torch.where(usable, r * (weight / total), 0.0)
     return r, torch.where(usable, log_p * weight, 0.0).sum(), usable
 

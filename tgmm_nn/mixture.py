@@ -132,7 +132,7 @@ class GaussianMixture(nn.Module):
         checks.check_choice("covariance_type", covariance_type, COVARIANCES)
         checks.check_choice("init_means", init_means, initialization.MEANS)
         checks.check_integer("n_init", n_init)
-        checks.check_integer("random_state", random_state, minimum=0, optional=True)
+        checks.check_integer("random_state", random_state, minimum=0, maximum=2**63 - 1, optional=True)
         checks.check_integer("max_iter", max_iter)
         checks.check_number("tol", tol)
         checks.check_number("reg_covar", reg_covar)
@@ -210,7 +210,7 @@ class GaussianMixture(nn.Module):
         return self(x)
 
     def log_responsibilities(self, x: Tensor) -> Tensor:
-        r"""Return :math:`\log p(k | x)`, shape ``(..., K)``; differentiable in ``x``."""
+        r"""Return :math:`\log p(k | x)`, shape ``(..., K)``; differentiable in ``x``, nan for a row at infinity."""
         return self._map_rows(lambda *args: functional.log_joint(*args).log_softmax(-1), x)
 
     def predict_proba(self, x: Tensor) -> Tensor:
@@ -255,8 +255,8 @@ class GaussianMixture(nn.Module):
             ValueError: If they are of another covariance structure or size.
         """
         self._running().check_like(statistics)
-        self._maximize(statistics)
-        self.running_step_size.copy_(torch.where(statistics.weight() > 0, 1.0, self.running_step_size))
+        usable = self._maximize(statistics)
+        self.running_step_size.copy_(torch.where(usable, 1.0, self.running_step_size))
 
     @torch.no_grad()
     def em_step(
@@ -277,7 +277,8 @@ class GaussianMixture(nn.Module):
         Args:
             x: Rows, shape ``(..., d)``; rows that are not finite are left out and counted in ``n_skipped``.
             sample_weight: Non-negative weight of each row, shape ``(...)``.
-            step_size: Share of ``x`` in the running sums, in (0, 1]; None is exact EM on ``x``.
+            step_size: Share of ``x`` in the running sums, in (0, 1]; None is exact EM on ``x``. A tensor is not read on
+                the host: where it is out of range nothing changes.
             sync: Whether to add the sums of all ranks; then every rank has to call this.
 
         Returns:
@@ -295,12 +296,14 @@ class GaussianMixture(nn.Module):
         if sync and is_distributed():
             batch = batch.unflatten(sum_over_ranks(batch.flatten()))
         total = batch.weight()
-        usable = total > 0
         # In the dtype of the sums: a share of 0.3 in float32 is off by 1e-8, and the next step multiplies by it.
-        rho = torch.as_tensor(1.0 if step_size is None else step_size, dtype=total.dtype, device=total.device).reshape(
-            1
-        )
-        self._maximize(batch if step_size is None else batch.merge(self._decayed(rho, total)))
+        if isinstance(step_size, Tensor):
+            rho = step_size.detach().to(total).reshape(1)
+        else:
+            rho = total.new_full((1,), 1.0 if step_size is None else step_size)
+        # A share given as a tensor is not read: out of range it counts as a batch without rows.
+        valid = ((total > 0) & (rho > 0) & (rho <= 1)).squeeze()
+        usable = self._maximize(batch if step_size is None else batch.merge(self._decayed(rho, total)), valid)
         self.running_step_size.copy_(torch.where(usable, rho, self.running_step_size))
         self.n_updates.add_(usable)
         self.n_skipped.add_(batch.skipped.to(torch.int64))
@@ -322,8 +325,10 @@ class GaussianMixture(nn.Module):
             ValueError: If ``x`` has the wrong width, too few rows, or values that are not finite; nothing is changed
                 then.
         """
-        start = self._start(self._data(x), self.n_init, self._generator())
-        self._maximize(start)
+        rows = self._data(x)
+        with full_precision(rows.device):
+            start = self._start(rows, self.n_init, self._generator())
+            self._maximize(start)
         self._begin(start)
         return self
 
@@ -349,9 +354,9 @@ class GaussianMixture(nn.Module):
         """
         x, generator = self._data(x), self._generator()
         starts = (self._start(x, 1, generator) for _ in range(self.n_init))
-        best = max(
-            (fit_from(start, x, self._fresh(), self._em_options()) for start in starts), key=lambda fit: fit.objective
-        )
+        with full_precision(x.device):
+            fits = (fit_from(start, x, self._fresh(), self._em_options()) for start in starts)
+            best = max(fits, key=lambda fit: fit.objective)
         self._write(best.parameters)
         self._begin(best.statistics.scale(1.0 / best.statistics.weight()))
         self.history_ = best.history
@@ -400,7 +405,8 @@ class GaussianMixture(nn.Module):
         shape = self.covariance.public_shape(k, d)
         covariances = self.covariance.internal(checks.check_array("covariances", covariances, shape, wide))
         checks.check_symmetric("covariances", covariances, matrix=len(self.covariance.shape(d)) == 2)
-        factor, exists = self.covariance.factor(covariances)
+        with full_precision(covariances.device):
+            factor, exists = self.covariance.factor(covariances)
         if not bool(exists.all()):
             bad = (~exists).nonzero().flatten().tolist()
             raise ValueError(f"Expected `covariances` to be positive definite, but {bad} (by component) are not.")
@@ -413,8 +419,9 @@ class GaussianMixture(nn.Module):
     @property
     def covariances_(self) -> Tensor:
         """Covariances in the shape of the family, computed from the factor."""
-        root = self.covariance.root(self.factor_.to(self.running_second.dtype))
-        return self.covariance.public(self.covariance.square(root)).to(self.factor_.dtype)
+        with full_precision(self.factor_.device):
+            root = self.covariance.root(self.factor_.to(self.running_second.dtype))
+            return self.covariance.public(self.covariance.square(root)).to(self.factor_.dtype)
 
     def covariance_matrices(self) -> Tensor:
         """Return every component's covariance as a matrix, whatever the family, shape ``(K, d, d)``."""
@@ -484,7 +491,7 @@ class GaussianMixture(nn.Module):
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Restore the trace of `fit`; the options were compared before any buffer was written."""
-        self.history_ = list(state["history"])
+        self.history_ = list(state.get("history", []))
 
     def _load_from_state_dict(
         self,
@@ -503,6 +510,9 @@ class GaussianMixture(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        # With assign=True the buffers are now the state's own tensors, of whatever dtype.
+        loaded = dict(self.named_buffers(recurse=False))
+        self._buffers.update(keep_wide(loaded, loaded, SUMS))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GaussianMixture:
         """Move or cast the buffers, but keep parameters at float32 or wider and sums in float64."""
@@ -560,12 +570,14 @@ class GaussianMixture(nn.Module):
         self.running_second.copy_(second)
         self.running_origin.copy_(origin)  # one point for all components broadcasts
 
-    def _maximize(self, statistics: Statistics) -> None:
-        """M-step at the sums, which become the running ones; without any row nothing changes."""
-        usable = statistics.weight() > 0
-        self._write(
-            functional.maximize(statistics, self._snapshot(), self.covariance, self.reg_covar, self.reg_covar_relative)
-        )
+    def _maximize(self, statistics: Statistics, valid: Tensor | bool = True) -> Tensor:
+        """M-step at the sums, which become the running ones, if they are ``valid`` and hold any row; return whether."""
+        total = statistics.weight()
+        usable = (total > 0) & torch.isfinite(total) & valid
+        current, options = self._snapshot(), (self.reg_covar, self.reg_covar_relative)
+        with full_precision(total.device):
+            new = functional.maximize(statistics, current, self.covariance, *options)
+        self._write(Parameters(*(torch.where(usable, ours, old) for ours, old in zip(new, current, strict=True))))
         kept = self._running()
         self._keep(
             torch.where(usable, statistics.count, kept.count),
@@ -574,6 +586,7 @@ class GaussianMixture(nn.Module):
             torch.where(usable, statistics.origin, kept.origin),
         )
         self.fitted.copy_(torch.maximum(self.fitted, usable.to(torch.int64)))
+        return usable
 
     def _decayed(self, step_size: Tensor, weight: Tensor) -> Statistics:
         """Return the running sums times γ; with no batch before, they count as one batch like this."""
@@ -584,7 +597,7 @@ class GaussianMixture(nn.Module):
     def _expect(self, x: Tensor, sample_weight: Tensor | None) -> Statistics:
         rows = self._rows(x)
         if sample_weight is not None:
-            checks.check_sample_weight(sample_weight, len(rows))
+            checks.check_sample_weight(sample_weight, x.shape[:-1])
             sample_weight = sample_weight.detach().reshape(-1)
         with full_precision(rows.device):
             return functional.expectation(
@@ -614,6 +627,7 @@ class GaussianMixture(nn.Module):
         if len(rows) < self.n_components:
             raise ValueError(f"Expected `x` with at least n_components={self.n_components} rows, but got {len(rows)}.")
         checks.check_finite("x", rows)
+        checks.check_squares("x", rows)
         return rows
 
     def _start(self, x: Tensor, n_init: int, generator: torch.Generator) -> Statistics:

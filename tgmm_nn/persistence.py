@@ -43,6 +43,8 @@ def mismatch(
         buffers: The layer's own buffers, by name.
     """
     saved = state_dict.get(f"{prefix}_extra_state", {})
+    if not isinstance(saved, Mapping):
+        return f"Expected `{prefix}_extra_state` to be a dictionary of options, but got {type(saved).__name__}."
     theirs = {name: saved[name] for name in options if name in saved}
     ours = {name: options[name] for name in theirs}
     if theirs != ours:

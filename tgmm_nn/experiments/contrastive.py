@@ -29,8 +29,8 @@ class Encoder(nn.Module):
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
-        if len(sizes) < 2:
-            raise ValueError(f"Expected `sizes` with the widths of input and output at least, but got {list(sizes)}.")
+        if isinstance(sizes, (str, int)) or len(sizes) < 2:
+            raise ValueError(f"Expected `sizes` with the widths of input and output at least, but got {sizes!r}.")
         for size in sizes:
             check_integer("sizes", size)
         layers: list[nn.Module] = [nn.Linear(sizes[0], sizes[1])]
@@ -167,9 +167,11 @@ class ContrastiveClustering(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         """Raise if the data have fewer rows than the mixture has components, before any time is spent."""
-        n_rows = len(self.trainer.datamodule.x)  # type: ignore[attr-defined]
-        if n_rows < self.gmm.n_components:
-            raise ValueError(f"Expected `n_components` of at most the {n_rows} rows, but got {self.gmm.n_components}.")
+        rows = getattr(getattr(self.trainer, "datamodule", None), "x", None)
+        if rows is not None and len(rows) < self.gmm.n_components:
+            raise ValueError(
+                f"Expected `n_components` of at most the {len(rows)} rows, but got {self.gmm.n_components}."
+            )
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return NT-Xent of two views; pass the clean rows by the mixture."""

@@ -80,10 +80,11 @@ class EMCallback(lightning.Callback):
             checks.check_string(name, value)
         checks.check_choice("mode", mode, ("minibatch", "full"))
         if isinstance(start_epoch, float):
-            checks.check_number("start_epoch", start_epoch, 0.0, 1.0, strict=True)
+            checks.check_share("start_epoch", start_epoch)
         else:
             checks.check_integer("start_epoch", start_epoch, minimum=0)
-        checks.check_step_size(step_size)
+        if step_size is not None:
+            checks.check_number("step_size", step_size, 0.0, 1.0, strict=True)
         checks.check_integer("n_iterations", n_iterations)
         checks.check_integer("init_samples", init_samples)
         checks.check_bool("prog_bar", prog_bar)
@@ -102,6 +103,7 @@ class EMCallback(lightning.Callback):
         self._started = False
         self._last_step = 0
         self._first_epoch = 0
+        self._last_value: Tensor | None = None
 
     @property
     def state_key(self) -> str:
@@ -140,7 +142,10 @@ class EMCallback(lightning.Callback):
         gmm = find_mixture(pl_module, self.module)
         rows = self._take(gmm)
         value = self._update(gmm, rows, last) if trainer.current_epoch >= self._first_epoch else None
-        self._log(pl_module, gmm, _mean_log_density(gmm, rows) if value is None else value, len(rows))
+        value = _mean_log_density(gmm, rows) if value is None else value
+        # A batch without a usable row repeats the value before it: a logged nan would end an EarlyStopping.
+        self._last_value = value if self._last_value is None else torch.where(value.isnan(), self._last_value, value)
+        self._log(pl_module, gmm, self._last_value, len(rows))
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Stop listening, and say so if the mixture was never started."""

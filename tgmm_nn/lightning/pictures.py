@@ -41,6 +41,8 @@ class LatentPlotCallback(lightning.Callback):
     ) -> None:
         checks.check_string("module", module)
         checks.check_string("embeddings", embeddings)
+        if folder is not None:
+            checks.check_string("folder", folder)
         checks.check_integer("every_n_epochs", every_n_epochs)
         checks.check_integer("max_rows", max_rows)
         self.module, self.source = module, Embeddings(embeddings)
