@@ -76,6 +76,8 @@ def test_only_booleans_are_booleans():
     checks.check_bool("b", True)
     with refuses(TypeError, "Expected `b` to be True or False, but got 'yes' (str)."):
         checks.check_bool("b", "yes")
+    with refuses(TypeError, "Expected `b` to be True, False or 'bar', but got 'yes' (str)."):
+        checks.check_bool("b", "yes", alternative="'bar'")
 
 
 def test_only_strings_with_something_in_them_are_strings():
@@ -120,7 +122,6 @@ def test_rows_of_real_numbers_and_the_right_width_pass(shape, dtype):
 @pytest.mark.parametrize(
     ("x", "error", "message"),
     [
-        ([[0.0, 1.0]], TypeError, "Expected `x` to be a tensor, but got list; convert it by torch.as_tensor."),
         (X.cfloat(), TypeError, "Expected `x` to hold real numbers, but got torch.complex64."),
         (X.bool(), TypeError, "Expected `x` to hold real numbers, but got torch.bool."),
         (X.mT, ValueError, "Expected `x` of shape (..., 2) for a mixture of 2 features, but got (2, 4)."),
@@ -138,25 +139,65 @@ def test_sample_weights_are_one_real_number_per_row():
         checks.check_sample_weight(weight, tuple(weight.shape))
     with refuses(ValueError, "Expected `sample_weight` of shape (4,), one number for each row of `x`, but got (3,)."):
         checks.check_sample_weight(torch.ones(3), (4,))
-    with refuses(TypeError, "Expected `sample_weight` to be a real tensor, but got list."):
-        checks.check_sample_weight([1.0] * 4, (4,))
-    with refuses(TypeError, "Expected `sample_weight` to be a real tensor, but got torch.complex64."):
+    with refuses(TypeError, "Expected `sample_weight` to hold real numbers, but got torch.complex64."):
         checks.check_sample_weight(torch.ones(4).cfloat(), (4,))
 
 
-@pytest.mark.parametrize("shape", [(5, 2), (5,), (5, 3, 2)])
-def test_rows_with_a_value_that_is_not_finite_are_counted(shape):
-    x = torch.zeros(shape)
-    checks.check_finite("x", x)
-    checks.check_finite("x", x[:0])
-    x[1], x[3] = torch.nan, -torch.inf
-    with refuses(ValueError, "Expected `x` to be finite, but 2 of 5 rows hold nan or infinity; drop or impute them."):
-        checks.check_finite("x", x)
+def test_log_priors_are_one_floating_number_per_row_and_component():
+    checks.check_log_prior(torch.zeros(4, 3), (4, 3))
+    with refuses(
+        ValueError, "Expected `log_prior` of shape (4, 3), one number for each row and component, but got (4,)."
+    ):
+        checks.check_log_prior(torch.zeros(4), (4, 3))
+    with refuses(TypeError, "Expected `log_prior` to be a floating tensor, but got torch.bool."):
+        checks.check_log_prior(torch.ones(4, 3).bool(), (4, 3))
+    with refuses(TypeError, "Expected `log_prior` to be a floating tensor, but got list."):
+        checks.check_log_prior([[0.0]], (1, 1))
+
+
+def test_squares_that_overflow_their_dtype_are_refused():
+    checks.check_squares("x", torch.full((2, 2), 1e18))
+    checks.check_squares("x", torch.full((2, 2), 1e30).double())
+    with refuses(
+        ValueError, "Expected `x` small enough that its squares add up in torch.float32, but its largest value"
+    ):
+        checks.check_squares("x", torch.full((2, 2), -1e30))
+
+
+READ_ONLY = np.arange(4.0).reshape(2, 2)
+READ_ONLY.setflags(write=False)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [
+        ([[1, 2], [3, 4]], torch.float32),
+        (((1.0, 2.0), (3.0, 4.0)), torch.float32),
+        (np.ones((2, 2)), torch.float64),
+        (np.ones((2, 2), np.float16), torch.float16),
+        (np.ones((2, 2), np.uint16), torch.uint16),
+        (np.ones((2, 2), ">f4"), torch.float32),
+        (np.ones((2, 2), np.longdouble), torch.float64),
+        (np.arange(8.0).reshape(2, 4)[:, ::-2], torch.float64),
+        (READ_ONLY, torch.float64),
+        (np.float32(3.0), torch.float32),
+        (3, torch.float32),
+    ],
+)
+def test_what_numpy_can_read_becomes_a_tensor_with_its_dtype(value, dtype):
+    tensor = checks.to_tensor("x", value, torch.float32)
+    assert tensor.dtype == dtype
+    assert tensor.shape == np.asarray(value).shape
+    np.testing.assert_array_equal(tensor.double().numpy(), np.asarray(value, np.float64))
+
+
+def test_a_tensor_stays_the_same_tensor():
+    assert checks.to_tensor("x", X, torch.float64) is X
 
 
 @pytest.mark.parametrize("value", [[1, 2], (1.0, 2.0), np.array([1.0, 2.0]), torch.tensor([1.0, 2.0])], ids=type)
 def test_arrays_of_any_kind_become_new_tensors_like_another(value):
-    tensor = checks.check_array("a", value, (2,), LIKE)
+    tensor = checks.check_array("a", value, LIKE, (2,))
     assert tensor.dtype == torch.float64
     assert tensor.tolist() == [1.0, 2.0]
     tensor.zero_()
@@ -164,27 +205,32 @@ def test_arrays_of_any_kind_become_new_tensors_like_another(value):
 
 
 def test_an_array_loses_its_graph_and_a_number_has_no_shape():
-    assert not checks.check_array("a", torch.ones(2, dtype=torch.float64, requires_grad=True), (2,), LIKE).requires_grad
-    assert checks.check_array("a", 3, (), LIKE).item() == 3.0
+    assert not checks.check_array("a", torch.ones(2, dtype=torch.float64, requires_grad=True), LIKE, (2,)).requires_grad
+    assert checks.check_array("a", 3, LIKE, (2,), ()).item() == 3.0
+
+
+NO_ARRAY = "Expected `a` to be a tensor, array, list or number that holds real numbers, but got "
 
 
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
-        ("ab", TypeError, "Expected `a` to be a tensor, array, list or number, but got 'ab'."),
-        (None, TypeError, "Expected `a` to be a tensor, array, list or number, but got None."),
-        (
-            [[1.0], [1.0, 2.0]],
-            TypeError,
-            "Expected `a` to be a tensor, array, list or number, but got [[1.0], [1.0, 2.0]].",
-        ),
-        ([1.0, 2.0, 3.0], ValueError, "Expected `a` of shape (2,), but got (3,)."),
+        ("ab", TypeError, NO_ARRAY + "'ab' (str)."),
+        (None, TypeError, NO_ARRAY + "None (NoneType)."),
+        ({"a": 1}, TypeError, NO_ARRAY + "{'a': 1} (dict)."),
+        ([[1.0], [1.0, 2.0]], TypeError, NO_ARRAY + "[[1.0], [1.0, 2.0]] (list)."),
+        (["a"], TypeError, NO_ARRAY + "['a'] (list)."),
+        (True, TypeError, NO_ARRAY + "True (bool)."),
+        (np.array([1j]), TypeError, NO_ARRAY + "array([0.+1.j]) (ndarray of dtype complex128)."),
+        (np.array([object()] * 9), TypeError, NO_ARRAY + "array([<object object at"),
+        (torch.ones(2).bool(), TypeError, "Expected `a` to hold real numbers, but got torch.bool."),
+        ([1.0, 2.0, 3.0], ValueError, "Expected `a` of shape (2,) or a number, but got (3,)."),
         ([1.0, math.nan], ValueError, "Expected `a` to be finite, but it holds nan or infinity."),
     ],
 )
 def test_other_arrays_are_refused(value, error, message):
     with refuses(error, message):
-        checks.check_array("a", value, (2,), LIKE)
+        checks.check_array("a", value, LIKE, (2,), ())
 
 
 def test_weights_are_a_distribution_up_to_rounding_of_what_was_typed():

@@ -1,5 +1,6 @@
 """The layer: how it is made, its density in every shape and dtype, and its parameters."""
 
+import inspect
 from functools import partial
 
 import numpy as np
@@ -50,7 +51,72 @@ def parameters_of(gmm):
         ({"n_features": "3"}, TypeError, "`n_features` to be an integer, but got '3'"),
         ({"covariance_type": "fulll"}, ValueError, "`covariance_type` to be one of 'full', .*, but got 'fulll'"),
         ({"covariance_type": None}, TypeError, "`covariance_type` to be one of 'full', .*, but got None"),
-        ({"init_means": "points"}, ValueError, "`init_means` to be one of 'kmeans', .*, but got 'points'"),
+        ({"init_means": "points"}, ValueError, "`init_means` to be one of 'kmeans', 'kpp', 'random', but got 'points'"),
+        ({"init_means": [[0.0, 1.0]]}, ValueError, r"`init_means` of shape \(2, 2\), but got \(1, 2\)"),
+        ({"init_means": None}, TypeError, "`init_means` to be a tensor, array, list or number .*, but got None"),
+        ({"init_weights": "random"}, ValueError, "`init_weights` to be one of 'uniform', 'kmeans', but got 'random'"),
+        ({"init_weights": [0.5, 0.6]}, ValueError, "`init_weights` to be non-negative and to sum to 1, but .* 1.1"),
+        ({"init_weights": 0.5}, ValueError, r"`init_weights` of shape \(2,\), but got \(\)"),
+        ({"init_covariances": "diag"}, ValueError, "`init_covariances` to be one of 'empirical', 'global', 'eye', but"),
+        ({"init_covariances": -1.0}, ValueError, "`init_covariances` to be positive definite, but"),
+        (
+            {"init_covariances": [1.0, 2.0]},
+            ValueError,
+            r"`init_covariances` of shape \(2, 2, 2\) or shape \(2, 2\) or a n",
+        ),
+        ({"weight_concentration_prior": 0.0}, ValueError, "`weight_concentration_prior` to be above 0, but got 0"),
+        (
+            {"weight_concentration_prior": [1, 2, 3]},
+            ValueError,
+            r"`weight_concentration_prior` of a number or shape \(2,\)",
+        ),
+        ({"mean_prior": [0.0, 0.0]}, ValueError, "`mean_precision_prior` together with `mean_prior`, but got None"),
+        ({"mean_precision_prior": 1.0}, ValueError, "`mean_prior` together with `mean_precision_prior`, but got None"),
+        (
+            {"mean_prior": [0.0], "mean_precision_prior": 1},
+            ValueError,
+            r"`mean_prior` of shape \(2, 2\) or shape \(2,\) or",
+        ),
+        (
+            {"mean_prior": [torch.nan] * 2, "mean_precision_prior": 1},
+            ValueError,
+            "`mean_prior` to be finite, but it holds",
+        ),
+        (
+            {"mean_prior": 0.0, "mean_precision_prior": -1},
+            ValueError,
+            "`mean_precision_prior` to be above 0, but got -1",
+        ),
+        (
+            {"mean_prior": 0.0, "mean_precision_prior": "1"},
+            TypeError,
+            "`mean_precision_prior` to be a tensor, array, list",
+        ),
+        (
+            {"covariance_prior": 1.0},
+            ValueError,
+            "`degrees_of_freedom_prior` together with `covariance_prior`, but got N",
+        ),
+        ({"degrees_of_freedom_prior": 3.0}, ValueError, "`covariance_prior` together with `degrees_of_freedom_prior`"),
+        (
+            {"covariance_prior": 1.0, "degrees_of_freedom_prior": 1.0},
+            ValueError,
+            r"`degrees_of_freedom_prior` to be above 1 \(the number of features minus 1\), but got 1",
+        ),
+        (
+            {"covariance_prior": [[1.0, 2.0], [2.0, 1.0]], "degrees_of_freedom_prior": 4},
+            ValueError,
+            r"`covariance_prior` to be positive definite, but \[0, 1\] \(by component\) are not",
+        ),
+        (
+            {"covariance_prior": [[1.0, 0.5], [0.0, 1.0]], "degrees_of_freedom_prior": 4},
+            ValueError,
+            "`covariance_prior` to be symmetric",
+        ),
+        ({"cem": "yes"}, TypeError, r"`cem` to be True or False, but got 'yes' \(str\)"),
+        ({"warm_start": 1}, TypeError, r"`warm_start` to be True or False, but got 1 \(int\)"),
+        ({"verbose": 2}, TypeError, r"`verbose` to be True, False or 'bar', but got 2 \(int\)"),
+        ({"verbose_interval": 0}, ValueError, "`verbose_interval` to be at least 1, but got 0"),
         ({"n_init": 0}, ValueError, "`n_init` to be at least 1, but got 0"),
         ({"random_state": -1}, ValueError, "`random_state` to be at least 0, but got -1"),
         ({"random_state": 0.5}, TypeError, "`random_state` to be an integer or None, but got 0.5"),
@@ -99,11 +165,47 @@ def test_reset_parameters_makes_a_used_layer_fresh(family, layer, rows):
 
 
 def test_the_representation_shows_every_option():
-    text = repr(GaussianMixture(3, 2, "diag", reg_covar=1e-3, n_init=4, random_state=7, chunk_size=64, tol=0.5))
-    for option in ("3, 2, 'diag'", "reg_covar=0.001", "n_init=4", "random_state=7", "chunk_size=64", "tol=0.5"):
+    text = repr(
+        GaussianMixture(3, 2, "diag", reg_covar=1e-3, n_init=4, mean_prior=[0.0, 1.0], mean_precision_prior=0.1)
+    )
+    assert text.startswith("GaussianMixture(3, 2, 'diag', ")
+    for option in ("reg_covar=0.001", "n_init=4", "mean_prior=(3, 2)", "init_means='kmeans'", "cem=False"):
         assert option in text
-    assert "reg_covar_relative=False, init_means='kmeans'" in text
-    assert "max_iter=100" in text
+    for name in inspect.signature(GaussianMixture).parameters:
+        assert f"{name}=" in text or name in ("n_components", "n_features", "covariance_type", "device", "dtype")
+
+
+def test_options_make_the_same_layer_again(family):
+    """Priors are broadcast, so that they may be given as short as the shapes allow."""
+    gmm = GaussianMixture(
+        3,
+        2,
+        family,
+        weight_concentration_prior=2,
+        mean_prior=[0.0, 1.0],
+        mean_precision_prior=0.1,
+        covariance_prior=2.0,
+        degrees_of_freedom_prior=np.float32(4),
+        init_means=[[0, 0], [5, 5], [0, 5]],
+        init_weights=[0.2, 0.3, 0.5],
+        init_covariances=1.5,
+        tol=np.float32(0.5),
+        n_init=np.int64(3),
+    )
+    again = GaussianMixture(**gmm.options())
+    assert repr(again) == repr(gmm)
+    for name, value in gmm.options().items():
+        assert torch.equal(torch.as_tensor(again.options()[name]), value) if isinstance(value, torch.Tensor) else True
+    assert {type(value) for value in gmm.options().values()} <= {int, float, bool, str, type(None), torch.Tensor}
+
+
+def test_priors_can_be_read_and_not_set():
+    """Another value would not be looked at."""
+    gmm = GaussianMixture(2, 1, covariance_prior=2.0, degrees_of_freedom_prior=3.0)
+    assert gmm.covariance_prior.tolist() == [[[2.0]], [[2.0]]]
+    assert gmm.mean_prior is None
+    with pytest.raises(AttributeError):
+        gmm.mean_prior = torch.zeros(1)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +317,11 @@ def test_a_wrong_width_raises_everywhere(method, shape):
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (np.zeros((8, 2)), r"`x` to be a tensor, but got ndarray; convert it by torch\.as_tensor"),
+        (np.zeros((8, 2), complex), r"`x` to be .* real numbers, but got .* \(ndarray of dtype complex128\)"),
+        (np.array([["a", "b"]] * 8), "`x` to be a tensor, array, list or number that holds real numbers, but got"),
+        ([[0.0, 1.0], [2.0]], "`x` to be a tensor, array, list or number that holds real numbers, but got"),
+        ("rows", "`x` to be a tensor, array, list or number that holds real numbers, but got 'rows'"),
+        (None, "`x` to be a tensor, array, list or number that holds real numbers, but got None"),
         (torch.zeros(8, 2, dtype=torch.complex64), "`x` to hold real numbers, but got torch.complex64"),
         (torch.zeros(8, 2, dtype=torch.bool), "`x` to hold real numbers, but got torch.bool"),
     ],
@@ -275,10 +381,15 @@ def test_covariance_matrices_write_every_family_as_matrices_of_each_component(la
         (0, [1.5, -0.5], ValueError, "`weights` to be non-negative and to sum to 1, but they sum to 1"),
         (0, [0.5, 0.4], ValueError, "`weights` to be non-negative and to sum to 1, but they sum to 0.9"),
         (0, [torch.nan, 0.4], ValueError, "`weights` to be finite, but it holds nan or infinity"),
-        (0, "half", TypeError, "`weights` to be a tensor, array, list or number, but got 'half'"),
+        (
+            0,
+            "half",
+            TypeError,
+            "`weights` to be a tensor, array, list or number that holds real numbers, but got 'half'",
+        ),
         (1, [[0.0], [1.0]], ValueError, r"`means` of shape \(2, 2\), but got \(2, 1\)"),
         (1, [[0.0, torch.inf], [1.0, 2.0]], ValueError, "`means` to be finite, but it holds nan or infinity"),
-        (1, None, TypeError, "`means` to be a tensor, array, list or number, but got None"),
+        (1, None, TypeError, "`means` to be a tensor, array, list or number that holds real numbers, but got None"),
         (2, torch.eye(2), ValueError, r"`covariances` of shape \(2, 2, 2\), but got \(2, 2\)"),
         (
             2,

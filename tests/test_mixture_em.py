@@ -226,7 +226,11 @@ def test_bad_step_sizes_raise_and_change_nothing(step_size, error, message, gene
             r"`sample_weight` of shape \(10,\), one number for each row of `x`, but got \(9,\)",
         ),
         (torch.tensor(1.0), ValueError, r"`sample_weight` of shape \(10,\), .*, but got \(\)"),
-        ([1.0] * 10, TypeError, "`sample_weight` to be a real tensor, but got list"),
+        (
+            ["a"] * 10,
+            TypeError,
+            "`sample_weight` to be a tensor, array, list or number that holds real numbers, but got",
+        ),
     ],
 )
 @pytest.mark.parametrize("method", ["em_step", "statistics"])

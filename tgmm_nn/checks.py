@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import numbers
+import warnings
 from collections.abc import Collection
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,8 +17,8 @@ __all__ = [
     "check_bool",
     "check_choice",
     "check_dtype",
-    "check_finite",
     "check_integer",
+    "check_log_prior",
     "check_number",
     "check_rows",
     "check_sample_weight",
@@ -25,7 +27,9 @@ __all__ = [
     "check_step_size",
     "check_string",
     "check_symmetric",
+    "check_values",
     "check_weights",
+    "to_tensor",
 ]
 
 
@@ -71,10 +75,11 @@ def check_share(name: str, value: float) -> None:
         raise ValueError(f"Expected `{name}`, given as a float, to be between 0 and 1, but got {value}.")
 
 
-def check_bool(name: str, value: Any) -> None:
-    """Raise unless ``value`` is True or False."""
+def check_bool(name: str, value: Any, *, alternative: str = "") -> None:
+    """Raise unless ``value`` is True or False; ``alternative`` is what else the error offers."""
     if not isinstance(value, bool):
-        raise TypeError(f"Expected `{name}` to be True or False, but got {value!r} ({type(value).__name__}).")
+        expected = f"True, False or {alternative}" if alternative else "True or False"
+        raise TypeError(f"Expected `{name}` to be {expected}, but got {value!r} ({type(value).__name__}).")
 
 
 def check_string(name: str, value: Any) -> None:
@@ -103,10 +108,8 @@ def check_symmetric(name: str, value: Tensor, *, matrix: bool) -> None:
         raise ValueError(f"Expected `{name}` to be symmetric; symmetrise by (c + c.mT) / 2.")
 
 
-def check_rows(name: str, x: Any, n_features: int) -> None:
+def check_rows(name: str, x: Tensor, n_features: int) -> None:
     """Raise unless ``x`` is a real tensor of shape ``(..., n_features)``."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"Expected `{name}` to be a tensor, but got {type(x).__name__}; convert it by torch.as_tensor.")
     if x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"Expected `{name}` to hold real numbers, but got {x.dtype}.")
     if x.ndim == 0 or x.shape[-1] != n_features:
@@ -116,11 +119,10 @@ def check_rows(name: str, x: Any, n_features: int) -> None:
         )
 
 
-def check_sample_weight(sample_weight: Any, shape: tuple[int, ...]) -> None:
-    """Raise unless ``sample_weight`` is a real tensor of ``shape``, that of the rows without their features."""
-    if not isinstance(sample_weight, Tensor) or sample_weight.is_complex():
-        kind = sample_weight.dtype if isinstance(sample_weight, Tensor) else type(sample_weight).__name__
-        raise TypeError(f"Expected `sample_weight` to be a real tensor, but got {kind}.")
+def check_sample_weight(sample_weight: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless ``sample_weight`` is real and of ``shape``, that of the rows without their features."""
+    if sample_weight.is_complex():
+        raise TypeError(f"Expected `sample_weight` to hold real numbers, but got {sample_weight.dtype}.")
     if tuple(sample_weight.shape) != tuple(shape):
         raise ValueError(
             f"Expected `sample_weight` of shape {tuple(shape)}, one number for each row of `x`, "
@@ -128,8 +130,20 @@ def check_sample_weight(sample_weight: Any, shape: tuple[int, ...]) -> None:
         )
 
 
+def check_log_prior(log_prior: Any, shape: tuple[int, ...]) -> None:
+    """Raise unless ``log_prior`` is a floating tensor of ``shape``, that of responsibilities."""
+    if not isinstance(log_prior, Tensor) or not log_prior.is_floating_point():
+        kind = log_prior.dtype if isinstance(log_prior, Tensor) else type(log_prior).__name__
+        raise TypeError(f"Expected `log_prior` to be a floating tensor, but got {kind}.")
+    if tuple(log_prior.shape) != tuple(shape):
+        raise ValueError(
+            f"Expected `log_prior` of shape {tuple(shape)}, one number for each row and component, "
+            f"but got {tuple(log_prior.shape)}."
+        )
+
+
 def check_squares(name: str, x: Tensor) -> None:
-    """Raise if the squared length of a row overflows the dtype of ``x``; reads one value on the host."""
+    """Raise if the squares of finite rows overflow their dtype; reads one value on the host."""
     if not bool(torch.isfinite(x.square().sum())):
         raise ValueError(
             f"Expected `{name}` small enough that its squares add up in {x.dtype}, but its largest value is "
@@ -137,26 +151,64 @@ def check_squares(name: str, x: Tensor) -> None:
         )
 
 
-def check_finite(name: str, x: Tensor) -> None:
-    """Raise if ``x`` holds a nan or an infinity; reads one value on the host."""
-    bad = int((~torch.isfinite(x)).unsqueeze(-1).flatten(1).any(-1).sum())
-    if bad:
-        raise ValueError(
-            f"Expected `{name}` to be finite, but {bad} of {x.shape[0]} rows hold nan or infinity; drop or impute them."
-        )
+def to_tensor(name: str, value: Any, dtype: torch.dtype) -> Tensor:
+    """Return a tensor as it is, and anything that NumPy can read as a tensor of real numbers.
 
+    Arrays keep their dtype; lists and numbers, which have none, take ``dtype``.
 
-def check_array(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Return ``value`` as a new finite tensor of ``shape``, in the dtype and on the device of ``like``."""
+    Raises:
+        TypeError: If ``value`` is no tensor, array, list or number, or holds no real numbers.
+
+    Example:
+        >>> to_tensor("x", [[1, 2], [3, 4]], torch.float32)
+        tensor([[1., 2.],
+                [3., 4.]])
+    """
+    if isinstance(value, Tensor):
+        return value
     try:
-        tensor = torch.as_tensor(value, dtype=like.dtype, device=like.device).detach().clone()
+        if not isinstance(value, (list, tuple, numbers.Real)) and not hasattr(value, "__array__"):
+            raise TypeError
+        array = np.asarray(value)
+        if array.dtype.kind not in "fiu":
+            raise TypeError
+        # Other byte orders, negative strides and long doubles are NumPy's own; a read-only array is only read here.
+        wide = np.float64 if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=wide).reshape(array.shape))
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"Expected `{name}` to be a tensor, array, list or number, but got {value!r}.") from error
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"Expected `{name}` of shape {shape}, but got {tuple(tensor.shape)}.")
+        kind = f" of dtype {value.dtype}" if isinstance(value, np.ndarray) else ""
+        raise TypeError(
+            f"Expected `{name}` to be a tensor, array, list or number that holds real numbers, "
+            f"but got {_shown(value)} ({type(value).__name__}{kind})."
+        ) from error
+    return tensor if hasattr(value, "__array__") else tensor.to(dtype)
+
+
+def check_array(name: str, value: Any, like: Tensor, *shapes: tuple[int, ...]) -> Tensor:
+    """Return ``value`` as a new finite tensor of one of ``shapes``, in the dtype and on the device of ``like``."""
+    tensor = to_tensor(name, value, like.dtype)
+    if tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"Expected `{name}` to hold real numbers, but got {tensor.dtype}.")
+    tensor = tensor.detach().to(like.device, like.dtype, copy=True)
+    if tuple(tensor.shape) not in shapes:
+        expected = " or ".join("a number" if shape == () else f"shape {shape}" for shape in shapes)
+        raise ValueError(f"Expected `{name}` of {expected}, but got {tuple(tensor.shape)}.")
+    check_values(name, tensor)
+    return tensor
+
+
+def check_values(name: str, tensor: Tensor) -> None:
+    """Raise if a tensor holds a nan or an infinity; reads one value on the host."""
     if not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"Expected `{name}` to be finite, but it holds nan or infinity.")
-    return tensor
+
+
+def _shown(value: Any) -> str:
+    """Return what an error shows of a value: its beginning."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def check_weights(name: str, weights: Tensor) -> None:

@@ -23,9 +23,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from tgmm_nn import checks
 
 __all__ = ["COVARIANCES", "Covariance", "Diagonal", "Full", "Spherical"]
 
@@ -44,7 +47,9 @@ class Covariance(ABC):
     - ``square(root(P)) == c`` for the factor P of every positive definite element c, and ``square(P)`` is its inverse;
     - ``features(x) @ dual(A, d)`` is :math:`x^\top A x`, and ``unpack(features(x), d) == outer(x, x)``;
     - ``whiten`` gives rows whose squared length is the Mahalanobis distance, and ``log_det`` the matching normaliser;
-    - ``congruence(root(P), whitened_second(whiten(x), r)) == Σ r outer(x - μ, x - μ)``.
+    - ``congruence(root(P), whitened_second(whiten(x), r)) == Σ r outer(x - μ, x - μ)``;
+    - ``inner(A, B, d)`` is :math:`\mathrm{tr}(A B)`, ``block(c, dims)`` the covariance of the features ``dims``, and
+      ``condition`` that of the others given them.
 
     Args:
         tied: Whether all components share one covariance.
@@ -105,6 +110,18 @@ class Covariance(ABC):
         """Return the log-determinant of each factor as a d × d matrix."""
 
     @abstractmethod
+    def inner(self, a: Tensor, b: Tensor, n_features: int) -> Tensor:
+        """Return ``tr(A B)`` of elements, one number for each."""
+
+    @abstractmethod
+    def block(self, element: Tensor, dims: Tensor) -> Tensor:
+        """Return the elements' rows and columns ``dims``, integers of shape ``(m,)``."""
+
+    @abstractmethod
+    def condition(self, covariance: Tensor, given: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``Σ_rg Σ_gg⁻¹`` as matrices, and ``Σ_rr - Σ_rg Σ_gg⁻¹ Σ_gr`` as elements."""
+
+    @abstractmethod
     def whiten(self, x: Tensor, means: Tensor, factor: Tensor) -> Tensor:
         """Return ``Pᵀ (x - μ_k)`` for rows ``(n, d)`` and means ``(K, d)``, shape ``(n, K, d)``."""
 
@@ -139,6 +156,26 @@ class Covariance(ABC):
     def internal(self, element: Tensor) -> Tensor:
         """Return elements with the leading 1 of a tied structure; inverse of `public`."""
         return element.unsqueeze(0) if self.tied else element
+
+    def given(
+        self, name: str, value: Any, n_components: int, n_features: int, like: Tensor, *, broadcast: bool = True
+    ) -> Tensor:
+        """Return what a user gave as covariances as elements, or raise; a number is that multiple of the identity.
+
+        Where ``broadcast``, one element serves all components.
+        """
+        public = self.public_shape(n_components, n_features)
+        shapes = dict.fromkeys((public, self.shape(n_features), ()) if broadcast else (public,))
+        tensor = checks.check_array(name, value, like, *shapes)
+        if tensor.ndim == 0:
+            elements = tensor * self.identity(n_components, n_features).to(tensor)
+        else:
+            elements = tensor.expand(self.leading(n_components), *self.shape(n_features)).clone()
+        checks.check_symmetric(name, elements, matrix=len(self.shape(n_features)) == 2)
+        bad = (~self.is_positive(elements)).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(f"Expected `{name}` to be positive definite, but {bad} (by component) are not.")
+        return elements
 
     def public_shape(self, n_components: int, n_features: int) -> tuple[int, ...]:
         """Return the shape of ``covariances_``."""
@@ -203,6 +240,19 @@ class Full(Covariance):
 
     def log_det(self, factor: Tensor, n_features: int) -> Tensor:
         return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+    def inner(self, a: Tensor, b: Tensor, n_features: int) -> Tensor:
+        return (a * b).sum((-2, -1))
+
+    def block(self, element: Tensor, dims: Tensor) -> Tensor:
+        return element[..., dims[:, None], dims]
+
+    def condition(self, covariance: Tensor, given: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+        cross = covariance[..., rest[:, None], given]
+        lower = torch.linalg.cholesky(self.block(covariance, given))
+        half = torch.linalg.solve_triangular(lower, cross.mT, upper=False)
+        regression = torch.linalg.solve_triangular(lower.mT, half, upper=True).mT
+        return regression, self.block(covariance, rest) - half.mT @ half
 
     def whiten(self, x: Tensor, means: Tensor, factor: Tensor) -> Tensor:
         # One product for each factor; the means are whitened apart and subtracted.
@@ -274,6 +324,15 @@ class Diagonal(Covariance):
     def log_det(self, factor: Tensor, n_features: int) -> Tensor:
         return factor.log().sum(-1)
 
+    def inner(self, a: Tensor, b: Tensor, n_features: int) -> Tensor:
+        return (a * b).sum(-1)
+
+    def block(self, element: Tensor, dims: Tensor) -> Tensor:
+        return element[..., dims]
+
+    def condition(self, covariance: Tensor, given: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+        return covariance.new_zeros(len(covariance), len(rest), len(given)), self.block(covariance, rest)
+
     def whiten(self, x: Tensor, means: Tensor, factor: Tensor) -> Tensor:
         return (x - means.unsqueeze(-2)) * factor.unsqueeze(-2)
 
@@ -335,6 +394,15 @@ class Spherical(Covariance):
 
     def log_det(self, factor: Tensor, n_features: int) -> Tensor:
         return n_features * factor.log()
+
+    def inner(self, a: Tensor, b: Tensor, n_features: int) -> Tensor:
+        return n_features * a * b
+
+    def block(self, element: Tensor, dims: Tensor) -> Tensor:
+        return element
+
+    def condition(self, covariance: Tensor, given: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+        return covariance.new_zeros(len(covariance), len(rest), len(given)), covariance
 
     def whiten(self, x: Tensor, means: Tensor, factor: Tensor) -> Tensor:
         return (x - means.unsqueeze(-2)) * factor[:, None, None]

@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import reduce
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
 
 from tgmm_nn import functional
 from tgmm_nn.covariance import Covariance
+from tgmm_nn.data import Rows, Survey
 from tgmm_nn.functional import Parameters
-from tgmm_nn.statistics import Statistics, accumulator_dtype
+from tgmm_nn.priors import Priors
+from tgmm_nn.statistics import Statistics
 
-__all__ = ["Fit", "Options", "fit_from"]
+__all__ = ["Fit", "Options", "Report", "fit_from", "progress", "sum_over"]
 
 
 class Options(NamedTuple):
     """What shapes a run of EM; see `tgmm_nn.GaussianMixture` for each."""
 
     covariance: Covariance
+    priors: Priors
+    cem: bool
     max_iter: int
     tol: float
     reg_covar: float
     reg_covar_relative: bool
     chunk_size: int | None
+
+    def maximize(self, statistics: Statistics, current: Parameters) -> Parameters:
+        """Return the M-step at ``statistics``."""
+        ridge = (self.reg_covar, self.reg_covar_relative)
+        return functional.maximize(statistics, current, self.covariance, *ridge, self.priors)
 
 
 class Fit(NamedTuple):
@@ -33,13 +44,15 @@ class Fit(NamedTuple):
     Attributes:
         parameters: Final parameters, in the dtype of the sums.
         statistics: Sums from which the last M-step made them.
-        history: Mean log-likelihood before each M-step and after the last, in nats.
-        converged: Whether the last change was below ``tol``.
+        history: Objective before each M-step and after the last, in nats per unit of row weight.
+        lower_bound: Mean log-likelihood at the final parameters, in nats.
+        converged: Whether the last change of the objective was below ``tol``.
     """
 
     parameters: Parameters
     statistics: Statistics
     history: list[float]
+    lower_bound: float
     converged: bool
 
     @property
@@ -56,7 +69,7 @@ class Fit(NamedTuple):
     def outcome(self) -> dict[str, float | int]:
         """Values of the layer's buffers that report on a fit."""
         return {
-            "lower_bound": self.history[-1],
+            "lower_bound": self.lower_bound,
             "objective": self.objective,
             "n_iter": len(self.history) - 1,
             "converged": int(self.converged),
@@ -64,43 +77,97 @@ class Fit(NamedTuple):
         }
 
 
-def fit_from(start: Statistics, x: Tensor, fresh: Parameters, options: Options) -> Fit:
-    r"""Run EM from the M-step of ``start`` until the mean log-likelihood changes by less than ``tol``.
+class Report(Protocol):
+    """What is told after each E-step: how many M-steps came before it, and the objectives so far."""
+
+    def __call__(self, n_iter: int, history: list[float], *, done: bool) -> None:
+        """Tell a user."""
+
+
+def sum_over(
+    data: Rows,
+    parameters: Parameters,
+    covariance: Covariance,
+    *,
+    hard: bool = False,
+    moments: bool = False,
+    chunk_size: int | None = None,
+) -> Statistics:
+    """Return the E-step's sums of one pass over all rows."""
+    how: dict[str, Any] = {"hard": hard, "moments": moments, "chunk_size": chunk_size}
+    with data.batches() as batches:
+        sums = (functional.expectation(rows, parameters, covariance, weight, **how) for rows, weight in batches)
+        total = next(sums, None)
+        if total is None:
+            raise ValueError("Expected `x` to give at least one batch of rows, but it gave none.")
+        return reduce(Statistics.merge, sums, total)
+
+
+def fit_from(start: Parameters, data: Rows, found: Survey, options: Options, report: Report) -> Fit:
+    r"""Run EM until its objective changes by less than ``tol``.
+
+    .. math::
+        \frac1N \Big( \sum_n \log p(x_n) + \log p(\pi, \mu, \Sigma) \Big),
+
+    with the log-likelihood of the classification, :math:`\sum_n \max_k \log \pi_k N(x_n; \mu_k, \Sigma_k)`, in place of
+    the first term for classification EM. Without regularisation it never falls.
 
     The parameters stay in the dtype of the sums between steps. An E-step takes `moment_statistics` where that forms
     fewer numbers from a row than whitening does, and the conditioning of the current parameters leaves half of the
     digits of the data's dtype, :math:`b\,\varepsilon \le \sqrt\varepsilon`; it takes `whitened_statistics` elsewhere.
 
     Args:
-        start: Statistics whose M-step is the start.
-        x: Finite rows, shape ``(n, d)``.
-        fresh: Parameters to keep where the start determines none.
+        start: Parameters to start from, in the dtype of the sums.
+        data: Finite rows.
+        found: What a first pass over them found.
         options: What shapes the run.
+        report: Is told after each E-step.
     """
+    parameters, history, covariance = start, list[float](), options.covariance
+    bound = torch.finfo(found.dtype).eps ** -0.5
+    narrower = functional.moment_width(parameters, covariance) <= parameters.means.numel()
 
-    def maximize(statistics: Statistics, current: Parameters) -> Parameters:
-        return functional.maximize(
-            statistics, current, options.covariance, options.reg_covar, options.reg_covar_relative
-        )
+    def expect() -> Statistics:
+        """Make an E-step, and write its objective down."""
+        moments = narrower and bool(functional.conditioning(found.scale, parameters, covariance) <= bound)
+        how: dict[str, Any] = {"hard": options.cem, "moments": moments, "chunk_size": options.chunk_size}
+        sums = sum_over(data, parameters, covariance, **how)
+        climbed = sums.classification if options.cem else sums.log_likelihood
+        log_prior = options.priors.log_density(*parameters, covariance)
+        history.append(float((climbed + log_prior) / sums.weight()))
+        return sums
 
-    parameters, statistics, history = maximize(start, fresh), start, list[float]()
-    scale, bound = _scale(x), torch.finfo(x.dtype).eps ** -0.5
-    narrower = functional.moment_width(parameters, options.covariance) <= parameters.means.numel()
-    while True:
-        moments = narrower and bool(functional.conditioning(scale, parameters, options.covariance) <= bound)
-        expected = functional.expectation(
-            x, parameters, options.covariance, moments=moments, chunk_size=options.chunk_size
-        )
-        history.append(float(expected.mean_log_likelihood()))
-        converged = len(history) > 1 and abs(history[-1] - history[-2]) < options.tol
-        if converged or len(history) > options.max_iter:
-            return Fit(parameters, statistics, history, converged)
-        parameters, statistics = maximize(expected, parameters), expected
+    expected = expect()
+    report(0, history, done=False)
+    for n_iter in range(1, options.max_iter + 1):
+        statistics, parameters = expected, options.maximize(expected, parameters)
+        expected = expect()
+        converged = abs(history[-1] - history[-2]) < options.tol
+        report(n_iter, history, done=converged or n_iter == options.max_iter)
+        if converged:
+            break
+    return Fit(parameters, statistics, history, float(expected.mean_log_likelihood()), converged)
 
 
-def _scale(x: Tensor) -> Tensor:
-    """Return the standard deviation of each feature, in float64 where the device has it, chunk by chunk."""
-    wide = accumulator_dtype(x.device)
-    mean = x.mean(0, dtype=wide)
-    square = sum(((rows - mean).square().sum(0) for rows in x.split(8192)), torch.zeros_like(mean))
-    return (square / len(x)).sqrt()
+@contextmanager
+def progress(verbose: bool | str, interval: int, max_iter: int, start: int, n_starts: int) -> Iterator[Report]:
+    """Give what tells a user how a run goes: nothing, a line every ``interval`` iterations, or a progress bar."""
+    name = f"EM, start {start} of {n_starts}" if n_starts > 1 else "EM"
+    if verbose == "bar":
+        from tqdm.auto import tqdm
+
+        with tqdm(total=max_iter, desc=name, unit="it") as bar:
+
+            def advance(n_iter: int, history: list[float], *, done: bool) -> None:
+                bar.set_postfix(objective=f"{history[-1]:.6g}", refresh=False)
+                bar.update(n_iter - bar.n)
+
+            yield advance
+        return
+
+    def line(n_iter: int, history: list[float], *, done: bool) -> None:
+        if verbose and (done or n_iter % interval == 0):
+            change = f", change {history[-1] - history[-2]:+.2e}" if n_iter else ""
+            print(f"{name}: iteration {n_iter}, objective {history[-1]:.6f} nats per row{change}", flush=True)
+
+    yield line

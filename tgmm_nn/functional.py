@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tgmm_nn.covariance import Covariance
+from tgmm_nn.priors import NO_PRIORS, Priors
 from tgmm_nn.statistics import Statistics, accumulator_dtype, per_element
 
 __all__ = [
@@ -109,6 +110,8 @@ def whitened_statistics(
     covariance: Covariance,
     sample_weight: Tensor | None = None,
     log_prior: Tensor | None = None,
+    *,
+    hard: bool = False,
 ) -> Statistics:
     r"""Sum what the M-step needs, about each component's own mean.
 
@@ -124,19 +127,20 @@ def whitened_statistics(
         sample_weight: Non-negative weight of each row, shape ``(n,)``; a row of weight 2 counts as two rows.
         log_prior: Log-prior of each row over components in nats, shape ``(n, K)``, added to the joint; −inf forbids a
             component, and a row for which all are forbidden counts as skipped.
+        hard: Give each row wholly to its most probable component, as classification EM does.
 
     Returns:
         Statistics about ``parameters.means``, totals in float64 (float32 where the device has no float64).
 
     References:
         Dempster, Laird and Rubin, Maximum likelihood from incomplete data via the EM algorithm, 1977.
+        Celeux and Govaert, A classification EM algorithm for clustering and two stochastic versions, 1992.
     """
     rows, about, origin = _centre(x, parameters)
     rows, usable = _mask_rows(rows)
     y = covariance.whiten(rows, about.means, about.factor)
-    r, log_likelihood, usable = _responsibilities(
-        _log_joint_of_whitened(y, about, covariance), usable, sample_weight, log_prior
-    )
+    joint = _log_joint_of_whitened(y, about, covariance)
+    r, log_likelihood, classification, usable = _responsibilities(joint, usable, sample_weight, log_prior, hard)
     # Where a component is so narrow, or so far, that |y|² overflows, 0 · inf would make its sums nan.
     y = torch.where(r.unsqueeze(-1) > 0, y, 0.0)
     wide = accumulator_dtype(x.device)
@@ -146,6 +150,7 @@ def whitened_statistics(
         first=covariance.apply(root, torch.einsum("kn,knd->kd", r, y).to(wide)),
         second=covariance.congruence(root, covariance.whitened_second(y, r).to(wide)),
         log_likelihood=log_likelihood.to(wide),
+        classification=classification.to(wide),
         rows=usable.sum().to(wide),
         skipped=(~usable).sum().to(wide),
         origin=origin.to(wide) + about.means.to(wide),
@@ -159,6 +164,8 @@ def moment_statistics(
     covariance: Covariance,
     sample_weight: Tensor | None = None,
     log_prior: Tensor | None = None,
+    *,
+    hard: bool = False,
 ) -> Statistics:
     r"""Sum the same as `whitened_statistics`, about one reference point and by two matrix products.
 
@@ -181,7 +188,7 @@ def moment_statistics(
     columns = rows.mT.contiguous()
     phi = torch.cat([torch.ones_like(columns[:1]), columns, covariance.features(columns)])
     joint = _natural_parameters(about, covariance) @ phi
-    r, log_likelihood, usable = _responsibilities(joint, usable, sample_weight, log_prior)
+    r, log_likelihood, classification, usable = _responsibilities(joint, usable, sample_weight, log_prior, hard)
     wide = accumulator_dtype(x.device)
     sums = (r @ phi.mT).to(wide)
     return Statistics(
@@ -189,6 +196,7 @@ def moment_statistics(
         first=sums[:, 1 : 1 + n_features],
         second=covariance.pool(covariance.unpack(sums[:, 1 + n_features :], n_features)),
         log_likelihood=log_likelihood.to(wide),
+        classification=classification.to(wide),
         rows=usable.sum().to(wide),
         skipped=(~usable).sum().to(wide),
         origin=origin,
@@ -204,6 +212,7 @@ def expectation(
     log_prior: Tensor | None = None,
     *,
     moments: bool = False,
+    hard: bool = False,
     chunk_size: int | None = None,
 ) -> Statistics:
     """E-step over any number of rows: the sums of chunks that fit the cache, merged.
@@ -215,9 +224,11 @@ def expectation(
         sample_weight: Non-negative weight of each row, shape ``(n,)``.
         log_prior: Log-prior of each row over components, shape ``(n, K)``.
         moments: Use `moment_statistics`, where `conditioning` allows it.
+        hard: Give each row wholly to its most probable component.
         chunk_size: Rows in a chunk; None chooses by the size of the arrays.
     """
-    sums = partial(moment_statistics if moments else whitened_statistics, parameters=parameters, covariance=covariance)
+    form = moment_statistics if moments else whitened_statistics
+    sums = partial(form, parameters=parameters, covariance=covariance, hard=hard)
     width = moment_width(parameters, covariance) if moments else parameters.means.numel()
     size = chunk_size or _rows_per_chunk(width, x.element_size())
     if len(x) <= size:
@@ -250,17 +261,21 @@ def maximize(
     covariance: Covariance,
     reg_covar: float = 0.0,
     reg_covar_relative: bool = False,
+    priors: Priors = NO_PRIORS,
 ) -> Parameters:
-    r"""Return the parameters that maximise the expected complete-data log-likelihood.
+    r"""Return the parameters that maximise the expected complete-data log-likelihood, or log-posterior.
 
     .. math::
         \pi_k = \frac{n_k}{\sum_j n_j}, \qquad \mu_k = o_k + \frac{S^{(1)}_k}{n_k}, \qquad
         T_k = S^{(2)}_k - \frac{[S^{(1)}_k S^{(1)\top}_k]}{n_k}, \qquad
         \Sigma_k = \frac{T_k}{n_k}, \quad \Sigma_{tied} = \frac{\sum_k T_k}{\sum_k n_k},
 
-    and then ``reg_covar`` is added to the diagonal. A component that no row supports keeps its mean and covariance and
-    gets weight 0. A covariance that has no factor is lifted on its diagonal once, else the current factor stays.
-    Without any row nothing changes.
+    and then ``reg_covar`` is added to the diagonal. Priors are further rows in the sums and in the numbers that are
+    divided by: `tgmm_nn.priors.Priors` has their formulas.
+
+    A component that no row supports keeps its mean and covariance, or takes the mode of their prior, and gets weight 0,
+    or that of the prior. Where all weights would vanish they stay. A covariance that has no factor is lifted on its
+    diagonal once, else the current factor stays. Without any row or prior nothing changes.
 
     Args:
         statistics: Sums of an E-step.
@@ -269,17 +284,20 @@ def maximize(
         reg_covar: Number added to the diagonal of each covariance.
         reg_covar_relative: Read ``reg_covar`` as a fraction of the mean variance of the data, so that EM does not
             depend on units.
+        priors: Conjugate priors, on the device of the sums.
 
     Returns:
         Parameters in the dtype of ``current``, computed in the dtype of the sums.
     """
-    count, total = statistics.count, statistics.weight()
-    alive = _supported(count)
-    shift = statistics.first / torch.where(alive, count, 1.0)[:, None]
-    means = statistics.origin.to(shift.dtype) + shift
-    within, mass = scatter(statistics, covariance), covariance.pool(count)
-    element = within / per_element(torch.where(_supported(mass), mass, 1.0), within)
-    ridge = reg_covar * _mean_variance(count, means, within, covariance) if reg_covar_relative else reg_covar
+    posterior = _posterior(statistics, priors)
+    mode = priors.weights(statistics.count)
+    means, alive = _means(posterior)
+    mass = priors.degrees(statistics.count, covariance, means.shape[-1])
+    # A mean prior alone knows no covariance: where no row does either, the old one stays.
+    known = _supported(mass if priors.scale is not None else covariance.pool(statistics.count))
+    within = scatter(posterior, covariance)
+    element = within / per_element(torch.where(known, mass, 1.0), within)
+    ridge = reg_covar * _mean_variance(statistics, covariance) if reg_covar_relative else reg_covar
     element = covariance.add_to_diagonal(element, ridge)
     # Both factorisations are always made: to look whether the first succeeded would read a value on the host.
     positive = per_element(covariance.is_positive(element), element)
@@ -287,9 +305,9 @@ def maximize(
     narrow = current.means.dtype
     factor = factor.to(narrow)
     return Parameters(
-        torch.where(total > 0, count / total, current.weights).to(narrow),
+        torch.where(mode.sum() > 0, mode / mode.sum(), current.weights).to(narrow),
         torch.where(alive[:, None], means, current.means).to(narrow),
-        torch.where(per_element(_supported(mass) & exists, factor), factor, current.factor),
+        torch.where(per_element(known & exists, factor), factor, current.factor),
     )
 
 
@@ -368,16 +386,16 @@ def _mask_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _responsibilities(
-    joint: Tensor, usable: Tensor, sample_weight: Tensor | None, log_prior: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the weighted responsibilities ``(K, n)``, the weighted log-likelihood and which rows entered.
+    joint: Tensor, usable: Tensor, sample_weight: Tensor | None, log_prior: Tensor | None, hard: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return weighted responsibilities ``(K, n)``, both weighted log-likelihoods, and which rows entered.
 
     Components come first, since a softmax over the first axis runs along the rows. The exponential is taken in base 2:
     where it underflows, as it does for components far apart, the natural one is many times slower on a CPU.
     """
     if log_prior is not None:
         joint = joint + log_prior.mT
-    largest = joint.amax(0)
+    largest, best = joint.max(0)
     r = torch.exp2((joint - largest) * LOG2_E)
     total = r.sum(0)
     log_p = largest + total.log()
@@ -387,12 +405,39 @@ def _responsibilities(
         sample_weight = sample_weight.to(joint.dtype)
         usable = usable & torch.isfinite(sample_weight) & (sample_weight >= 0)
         weight = torch.where(usable, sample_weight, 0.0)
-    r = torch.where(usable, r * (weight / total), 0.0)
-    return r, torch.where(usable, log_p * weight, 0.0).sum(), usable
+    if hard:
+        r = torch.zeros_like(r).scatter_(0, best[None], weight[None])
+    else:
+        r = torch.where(usable, r * (weight / total), 0.0)
+    log_likelihood, classification = (torch.where(usable, value * weight, 0.0).sum() for value in (log_p, largest))
+    return r, log_likelihood, classification, usable
 
 
-def _mean_variance(count: Tensor, means: Tensor, scatter: Tensor, covariance: Covariance) -> Tensor:
+def _posterior(statistics: Statistics, priors: Priors) -> Statistics:
+    """Merge the pseudo-observations of the priors into the sums.
+
+    About the mean of both: however far a prior's mean is from the data, or a component from its own prior, only
+    positive terms are then added.
+    """
+    pseudo = priors.observations(statistics)
+    if pseudo is None:
+        return statistics
+    (ours, _), (theirs, _) = _means(statistics), _means(pseudo)
+    count = statistics.count + pseudo.count
+    share = torch.where(_supported(count), pseudo.count / torch.where(_supported(count), count, 1.0), 0.0)[:, None]
+    return statistics.about((1.0 - share) * ours + share * theirs).merge(pseudo)
+
+
+def _means(statistics: Statistics) -> tuple[Tensor, Tensor]:
+    """Return the weighted mean of each component, and which of them any row supports."""
+    alive = _supported(statistics.count)
+    shift = statistics.first / torch.where(alive, statistics.count, 1.0)[:, None]
+    return statistics.origin.to(shift.dtype) + shift, alive
+
+
+def _mean_variance(statistics: Statistics, covariance: Covariance) -> Tensor:
     """Return the mean over features of the variance of all rows: within components plus between them."""
+    count, (means, _) = statistics.count, _means(statistics)
     total = torch.where(count.sum() > 0, count.sum(), 1.0)
     between = (count[:, None] * (means - count @ means / total).square()).sum(0).mean()
-    return (covariance.mean_diagonal(scatter).sum() + between) / total
+    return (covariance.mean_diagonal(scatter(statistics, covariance)).sum() + between) / total

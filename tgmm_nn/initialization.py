@@ -1,127 +1,201 @@
-"""Where EM starts: means by scikit-learn's k-means or drawn rows, equal weights, covariances of the nearest rows."""
+"""Where EM starts: means by scikit-learn's k-means or k-means++, drawn or given; weights; covariances."""
 
 from __future__ import annotations
 
 import random
 import warnings
 from collections.abc import Callable
-from functools import reduce
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tgmm_nn import checks
 from tgmm_nn.covariance import Covariance
+from tgmm_nn.data import Candidates
 from tgmm_nn.functional import scatter
-from tgmm_nn.statistics import Statistics, accumulator_dtype, per_element, statistics_of
+from tgmm_nn.statistics import Statistics, hard_statistics, per_element, statistics_of
 
-__all__ = ["MEANS", "canonical_order", "hard_statistics", "nearest", "starting_statistics"]
+__all__ = ["Start", "n_candidates", "nearest"]
 
-
-def canonical_order(x: Tensor) -> Tensor:
-    """Return the rows sorted by their values, so that a seeded choice of rows does not depend on how they arrived.
-
-    Example:
-        >>> canonical_order(torch.tensor([[2, 0], [1, 5], [1, 3]]))
-        tensor([[1, 3],
-                [1, 5],
-                [2, 0]])
-    """
-    order = torch.arange(len(x), device=x.device)
-    for column in reversed(x.unbind(-1)):
-        order = order[column[order].argsort(stable=True)]
-    return x[order]
+WEIGHTS = ("uniform", "kmeans")
+COVARIANCES = ("empirical", "global", "eye")
 
 
-def kmeans(x: Tensor, n_components: int, n_init: int, generator: torch.Generator) -> Tensor:
+def n_candidates(n_components: int) -> int:
+    """Return how many distinct rows a start looks at; of more data it takes a sample."""
+    return max(20_000, 100 * n_components)
+
+
+def kmeans(found: Candidates, n_components: int, n_init: int, generator: torch.Generator) -> Tensor:
     """Return the centres of scikit-learn's k-means (k-means++, best of ``n_init``), shape ``(K, d)``; on the CPU."""
-    python_state = random.getstate()  # importing scikit-learn moves Python's own generator
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
-    random.setstate(python_state)
-    seed = int(torch.randint(2**31 - 1, (), generator=generator))
+    rows, weights = (part.cpu().numpy() for part in found)
     with warnings.catch_warnings():
-        # Fewer distinct rows than components: the duplicate centres are handled by EM itself.
+        # Rows that differ by rounding alone may be one cluster to it: duplicate centres are handled by EM itself.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        model = KMeans(n_components, n_init=n_init, random_state=seed).fit(x.cpu().numpy())
-    return torch.from_numpy(model.cluster_centers_).to(x)
+        model = KMeans(n_components, n_init=n_init, random_state=_seed(generator)).fit(rows, sample_weight=weights)
+    return torch.from_numpy(model.cluster_centers_).to(found.rows)
 
 
-def random_rows(x: Tensor, n_components: int, n_init: int, generator: torch.Generator) -> Tensor:
-    """Return ``n_components`` different rows drawn uniformly, shape ``(K, d)``; ``n_init`` has nothing to choose by."""
-    return x[torch.randperm(len(x), generator=generator)[:n_components].to(x.device)]
+def kpp(found: Candidates, n_components: int, n_init: int, generator: torch.Generator) -> Tensor:
+    """Return rows drawn by scikit-learn's greedy k-means++, shape ``(K, d)``; the tightest of ``n_init`` draws."""
+    from sklearn.cluster import kmeans_plusplus
+
+    rows, weights = (part.cpu().numpy() for part in found)
+    seeds = [_seed(generator) for _ in range(n_init)]
+    draws = (kmeans_plusplus(rows, n_components, sample_weight=weights, random_state=seed)[1] for seed in seeds)
+    return min((found.rows[torch.from_numpy(draw)] for draw in draws), key=lambda means: _inertia(found, means))
 
 
-MEANS: dict[str, Callable[[Tensor, int, int, torch.Generator], Tensor]] = {"kmeans": kmeans, "random": random_rows}
+def random_rows(found: Candidates, n_components: int, n_init: int, generator: torch.Generator) -> Tensor:
+    """Return different rows drawn by weight, shape ``(K, d)``; the tightest of ``n_init`` draws."""
+    weights = found.weights.cpu().double()
+    draws = [torch.multinomial(weights, n_components, generator=generator) for _ in range(n_init)]
+    return min((found.rows[draw.to(found.rows.device)] for draw in draws), key=lambda means: _inertia(found, means))
+
+
+MEANS: dict[str, Callable[[Candidates, int, int, torch.Generator], Tensor]] = {
+    "kmeans": kmeans,
+    "kpp": kpp,
+    "random": random_rows,
+}
+
+
+class Start(NamedTuple):
+    """How EM starts: each a name, or a tensor of what is given, on the CPU in float64.
+
+    Attributes:
+        means: Key of `MEANS`, or shape ``(K, d)``.
+        weights: ``"uniform"``; ``"kmeans"``, the shares of the rows nearest to each mean; or shape ``(K,)``.
+        covariances: ``"empirical"``, of the rows nearest to each mean; ``"global"``, of all rows; ``"eye"``; or
+            elements.
+    """
+
+    means: str | Tensor
+    weights: str | Tensor
+    covariances: str | Tensor
+
+    @classmethod
+    def from_options(
+        cls,
+        covariance: Covariance,
+        n_components: int,
+        n_features: int,
+        init_means: Any = "kmeans",
+        init_weights: Any = "uniform",
+        init_covariances: Any = "empirical",
+    ) -> Start:
+        """Check what a user gave: a name, or a tensor, array, list or number.
+
+        Raises:
+            TypeError: If one is neither.
+            ValueError: If a name is unknown, or what is given has the wrong shape or is no valid parameter.
+        """
+        k, d, like = n_components, n_features, torch.zeros((), dtype=torch.float64, device="cpu")
+        means, weights, covariances = init_means, init_weights, init_covariances
+        if _is_given("init_means", means, MEANS):
+            means = checks.check_array("init_means", means, like, (k, d))
+        if _is_given("init_weights", weights, WEIGHTS):
+            weights = checks.check_array("init_weights", weights, like, (k,))
+            checks.check_weights("init_weights", weights)
+            weights = weights / weights.sum()
+        if _is_given("init_covariances", covariances, COVARIANCES):
+            covariances = covariance.given("init_covariances", covariances, k, d, like)
+        return cls(means, weights, covariances)
+
+    def statistics(
+        self, found: Candidates, covariance: Covariance, n_components: int, n_init: int, generator: torch.Generator
+    ) -> Statistics:
+        """Return the sums, of total weight one, whose maximum-likelihood M-step is the start.
+
+        Args:
+            found: Rows to start from, sorted.
+            covariance: Structure of the covariances.
+            n_components: Number of components K.
+            n_init: Number of draws of the means, of which the tightest is taken.
+            generator: Source of randomness, on the CPU.
+        """
+        means = self._means(found, n_components, n_init, generator)
+        labels = nearest(found.rows, means)
+        sums = hard_statistics(found.rows, labels, means, covariance, found.weights)
+        uniform = torch.full_like(sums.count, 1.0 / n_components)
+        weights = {"uniform": uniform, "kmeans": sums.count / sums.weight()}
+        n_features = means.shape[-1]
+        covariances = {
+            "empirical": lambda: _of_clusters(found, labels, sums, covariance),
+            "global": lambda: _of_all(found, covariance).expand_as(sums.second),
+            "eye": lambda: covariance.identity(n_components, n_features).to(sums.second),
+        }
+        return statistics_of(
+            weights[self.weights] if isinstance(self.weights, str) else self.weights.to(uniform),
+            means.to(uniform),
+            covariances[self.covariances]() if isinstance(self.covariances, str) else self.covariances.to(uniform),
+            covariance,
+        )
+
+    @property
+    def is_estimated(self) -> bool:
+        """Whether the covariances are estimated from rows, and may need regularisation."""
+        return isinstance(self.covariances, str) and self.covariances != "eye"
+
+    def _means(self, found: Candidates, n_components: int, n_init: int, generator: torch.Generator) -> Tensor:
+        if not isinstance(self.means, str):
+            return self.means.to(found.rows)
+        if len(found.rows) <= n_components:  # nothing to choose: each distinct row is a mean, some of them twice
+            return found.rows[torch.arange(n_components, device=found.rows.device) % len(found.rows)]
+        python_state = random.getstate()  # importing scikit-learn moves Python's own generator
+        try:
+            return MEANS[self.means](found, n_components, n_init, generator)
+        finally:
+            random.setstate(python_state)
 
 
 def nearest(x: Tensor, means: Tensor) -> Tensor:
     """Return the index of the mean nearest to each row, shape ``(n,)``."""
+    return _distances(x, means)[1]
+
+
+def _distances(x: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row's distance to the nearest mean, and which one that is, shape ``(n,)``."""
     origin = means.mean(0)  # distances are formed by a matrix product, which cancels far from zero
-    return torch.cat([torch.cdist(rows - origin, means - origin).argmin(-1) for rows in x.split(8192)])
+    parts = [torch.cdist(rows - origin, means - origin).min(-1) for rows in x.split(8192)]
+    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
 
-def hard_statistics(x: Tensor, labels: Tensor, origin: Tensor, covariance: Covariance) -> Statistics:
-    r"""Sum rows that belong wholly to one component each.
-
-    Args:
-        x: Rows, shape ``(n, d)``.
-        labels: Component of each row, integers in [0, K), shape ``(n,)``.
-        origin: Reference point of each component, shape ``(K, d)``.
-        covariance: Structure that shapes the second moment.
-
-    Returns:
-        Statistics about ``origin`` with a log-likelihood of 0.
-    """
-    return reduce(
-        Statistics.merge,
-        (_hard_chunk(rows, k, origin, covariance) for rows, k in zip(x.split(4096), labels.split(4096), strict=True)),
-    )
+def _inertia(found: Candidates, means: Tensor) -> float:
+    """Return the weighted sum of squared distances to the nearest mean."""
+    return float((found.weights * _distances(found.rows, means)[0].square()).sum())
 
 
-def starting_statistics(
-    x: Tensor, n_components: int, covariance: Covariance, method: str, n_init: int, generator: torch.Generator
-) -> Statistics:
-    r"""Return the statistics, of total weight one, whose M-step is the start of EM.
-
-    The means are chosen by ``method``, every component weighs 1 / K, and its covariance is that of the rows nearest to
-    its mean, or the pooled one where there are not two of them.
-
-    Args:
-        x: Finite rows, at least as many as components, shape ``(n, d)``.
-        n_components: Number of components K.
-        covariance: Structure of the covariances.
-        method: Key of `MEANS`.
-        n_init: Number of k-means runs, of which the tightest is taken.
-        generator: Source of randomness, on the CPU.
-    """
-    x = canonical_order(x)
-    means = MEANS[method](x, n_components, n_init, generator)
-    weights = torch.full((n_components,), 1.0 / n_components, dtype=means.dtype, device=x.device)
-    sums = hard_statistics(x, nearest(x, means), means, covariance)
-    return statistics_of(weights, means, _cluster_covariances(sums, covariance), covariance)
+def _of_all(found: Candidates, covariance: Covariance) -> Tensor:
+    """Return the covariance of all rows as one element."""
+    untied = type(covariance)(tied=False)
+    labels = torch.zeros(len(found.rows), dtype=torch.int64, device=found.rows.device)
+    sums = hard_statistics(found.rows, labels, found.rows[:1], untied, found.weights)
+    return scatter(sums, untied) / sums.weight()
 
 
-def _cluster_covariances(sums: Statistics, covariance: Covariance) -> Tensor:
-    """Return the covariance of each cluster, pooled over clusters where a cluster has no two rows to vary."""
+def _of_clusters(found: Candidates, labels: Tensor, sums: Statistics, covariance: Covariance) -> Tensor:
+    """Return the covariance of each cluster; pooled where one has no two distinct rows, of all rows where none has."""
+    distinct = torch.bincount(labels, minlength=len(sums.count))
     within, mass = scatter(sums, covariance), covariance.pool(sums.count)
     pooled = within.sum(0, keepdim=True) / sums.weight()
-    return torch.where(per_element(mass >= 2, within), within / per_element(mass.clamp(min=1), within), pooled)
+    if not bool((distinct > 1).any()):
+        pooled = _of_all(found, covariance)
+    varies = covariance.pool((distinct > 1).to(mass)) > 0
+    own = within / per_element(torch.where(mass > 0, mass, 1.0), within)
+    return torch.where(per_element(varies, within), own, pooled)
 
 
-def _hard_chunk(x: Tensor, labels: Tensor, origin: Tensor, covariance: Covariance) -> Statistics:
-    wide = accumulator_dtype(x.device)
-    columns = (x - origin.to(x.dtype)[labels]).mT.contiguous()
-    members = torch.nn.functional.one_hot(labels, len(origin)).to(x.dtype).mT
-    features = (members @ covariance.features(columns).mT).to(wide)
-    zero = torch.zeros((), dtype=wide, device=x.device)
-    return Statistics(
-        count=members.sum(-1).to(wide),
-        first=(members @ columns.mT).to(wide),
-        second=covariance.pool(covariance.unpack(features, x.shape[-1])),
-        log_likelihood=zero,
-        rows=zero + len(x),
-        skipped=zero,
-        origin=origin,
-        covariance=covariance,
-    )
+def _is_given(name: str, value: Any, names: Any) -> bool:
+    """Return whether ``value`` is no name; raise where it is one, but not of ``names``."""
+    if isinstance(value, str):
+        checks.check_choice(name, value, names)
+    return not isinstance(value, str)
+
+
+def _seed(generator: torch.Generator) -> int:
+    return int(torch.randint(2**31 - 1, (), generator=generator))

@@ -8,12 +8,21 @@ mean of its diagonal.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import reduce
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "Statistics", "accumulator_dtype", "per_element", "statistics_of"]
+__all__ = [
+    "Moments",
+    "Statistics",
+    "accumulator_dtype",
+    "hard_statistics",
+    "per_element",
+    "statistics_of",
+    "wider_dtype",
+]
 
 
 class Moments(Protocol):
@@ -24,6 +33,12 @@ class Moments(Protocol):
 
     def pool(self, per_component: Tensor) -> Tensor:
         """Sum over components where the structure is tied."""
+
+    def features(self, x: Tensor) -> Tensor:
+        """Return the structure's part of each ``x xᵀ`` as independent entries, for columns x."""
+
+    def unpack(self, features: Tensor, n_features: int) -> Tensor:
+        """Return the structure's parts from (sums of) features."""
 
 
 class Statistics(NamedTuple):
@@ -42,6 +57,8 @@ class Statistics(NamedTuple):
         second: :math:`S^{(2)}` in the structure's shape with a leading axis of ``K``, or of 1 (the sum over k) when
             tied.
         log_likelihood: :math:`\sum_n w_n \log p(x_n)` in nats, shape ``()``.
+        classification: :math:`\sum_n w_n \max_k \log \pi_k N(x_n; \mu_k, \Sigma_k)`, the log-likelihood with each
+            row given wholly to its most probable component, in nats, shape ``()``.
         rows: Number of rows that entered the sums, shape ``()``.
         skipped: Number of rows left out because they are not finite, shape ``()``.
         origin: Reference point :math:`o`, shape ``(d,)``, or ``(K, d)`` with one for each component.
@@ -49,7 +66,6 @@ class Statistics(NamedTuple):
 
     Example:
         >>> from tgmm_nn.covariance import Diagonal
-        >>> from tgmm_nn.initialization import hard_statistics
         >>> x, k = torch.tensor([[0.0], [2.0], [5.0]]), torch.tensor([0, 0, 1])
         >>> whole = hard_statistics(x, k, torch.zeros(2, 1), Diagonal())
         >>> parts = hard_statistics(x[:1], k[:1], torch.ones(2, 1), Diagonal()).merge(
@@ -63,6 +79,7 @@ class Statistics(NamedTuple):
     first: Tensor
     second: Tensor
     log_likelihood: Tensor
+    classification: Tensor
     rows: Tensor
     skipped: Tensor
     origin: Tensor
@@ -97,8 +114,8 @@ class Statistics(NamedTuple):
         n_delta = self.count[:, None] * delta
         shift = outer(self.first + n_delta, delta) + outer(delta, self.first)
         first, second = self.first + n_delta, self.second + self.covariance.pool(shift)
-        sums = (self.count, first, second, self.log_likelihood, self.rows, self.skipped)
-        return Statistics(*sums, origin, self.covariance)
+        totals = (self.log_likelihood, self.classification, self.rows, self.skipped)
+        return Statistics(self.count, first, second, *totals, origin, self.covariance)
 
     def check_like(self, other: Statistics) -> None:
         """Raise unless ``other`` are sums of the same structure and shape: broadcasting would mix them in silence."""
@@ -112,7 +129,8 @@ class Statistics(NamedTuple):
 
     def sums(self) -> tuple[Tensor, ...]:
         """The additive part: everything but the reference point and the structure."""
-        return (self.count, self.first, self.second, self.log_likelihood, self.rows, self.skipped)
+        totals = (self.log_likelihood, self.classification, self.rows, self.skipped)
+        return (self.count, self.first, self.second, *totals)
 
     def weight(self) -> Tensor:
         """Total weight of the rows, the sum of ``count``, shape ``()``."""
@@ -133,8 +151,9 @@ class Statistics(NamedTuple):
 
     def _with(self, sums: Iterable[Tensor]) -> Statistics:
         """Return other sums, in the order of `sums`, about the same reference point."""
-        count, first, second, log_likelihood, rows, skipped = sums
-        return Statistics(count, first, second, log_likelihood, rows, skipped, self.origin, self.covariance)
+        count, first, second, log_likelihood, classification, rows, skipped = sums
+        totals = (log_likelihood, classification, rows, skipped)
+        return Statistics(count, first, second, *totals, self.origin, self.covariance)
 
 
 def statistics_of(weights: Tensor, means: Tensor, covariances: Tensor, covariance: Moments) -> Statistics:
@@ -158,9 +177,49 @@ def statistics_of(weights: Tensor, means: Tensor, covariances: Tensor, covarianc
         first=torch.zeros_like(means, dtype=wide),
         second=covariances.to(wide) * per_element(mass, covariances),
         log_likelihood=zero,
+        classification=zero,
         rows=zero + 1,
         skipped=zero,
         origin=means,
+        covariance=covariance,
+    )
+
+
+def hard_statistics(
+    x: Tensor, labels: Tensor, origin: Tensor, covariance: Moments, sample_weight: Tensor | None = None
+) -> Statistics:
+    r"""Sum rows that belong wholly to one component each.
+
+    Args:
+        x: Rows, at least one, shape ``(n, d)``.
+        labels: Component of each row, integers in [0, K), shape ``(n,)``.
+        origin: Reference point of each component, shape ``(K, d)``.
+        covariance: Structure that shapes the second moment.
+        sample_weight: Weight of each row, shape ``(n,)``.
+
+    Returns:
+        Statistics about ``origin`` with a log-likelihood of 0.
+    """
+    weight = x.new_ones(len(x)) if sample_weight is None else sample_weight.to(x.dtype)
+    chunks = zip(x.split(4096), labels.split(4096), weight.split(4096), strict=True)
+    return reduce(Statistics.merge, (_hard_chunk(rows, k, w, origin, covariance) for rows, k, w in chunks))
+
+
+def _hard_chunk(x: Tensor, labels: Tensor, weight: Tensor, origin: Tensor, covariance: Moments) -> Statistics:
+    wide = accumulator_dtype(x.device)
+    columns = (x - origin.to(x.dtype)[labels]).mT.contiguous()
+    members = torch.nn.functional.one_hot(labels, len(origin)).to(x.dtype).mT * weight
+    features = (members @ covariance.features(columns).mT).to(wide)
+    zero = torch.zeros((), dtype=wide, device=x.device)
+    return Statistics(
+        count=members.sum(-1).to(wide),
+        first=(members @ columns.mT).to(wide),
+        second=covariance.pool(covariance.unpack(features, x.shape[-1])),
+        log_likelihood=zero,
+        classification=zero,
+        rows=zero + len(x),
+        skipped=zero,
+        origin=origin,
         covariance=covariance,
     )
 
@@ -173,3 +232,8 @@ def per_element(value: Tensor, element: Tensor) -> Tensor:
 def accumulator_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype of totals on ``device``: float64 where it exists."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def wider_dtype(given: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype to compute in for rows of any real dtype: that of the mixture, or float64 for float64 rows."""
+    return torch.float64 if given == torch.float64 else dtype

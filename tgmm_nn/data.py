@@ -1,0 +1,246 @@
+"""Rows to fit on, in memory or streamed, as passes over batches of one form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import reduce
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tgmm_nn import checks
+from tgmm_nn.covariance import Diagonal
+from tgmm_nn.functional import scatter
+from tgmm_nn.statistics import Statistics, accumulator_dtype, hard_statistics, wider_dtype
+
+__all__ = ["Candidates", "Rows", "Survey", "is_stream", "survey", "untouched_generators"]
+
+# Rows that are looked at, moved and widened at once where all of them lie in memory.
+BATCH = 65_536
+
+Batch = tuple[Tensor, Tensor | None]
+
+
+def is_stream(x: Any) -> bool:
+    """Return whether ``x`` gives batches of rows, as a ``DataLoader`` does, rather than being rows itself."""
+    return isinstance(x, Iterable) and not isinstance(x, (Tensor, list, tuple, str)) and not hasattr(x, "__array__")
+
+
+class Rows:
+    """Rows with their weights, on one device and in at least one dtype, as often as they are asked for.
+
+    Args:
+        x: Tensor, array or list of shape ``(..., d)``, or an iterable of batches such as a ``DataLoader``; of a batch
+            that is a tuple or list the first element is taken.
+        sample_weight: Weight of each row, shape ``(...)``. For a stream the index of the weights in its batches.
+        n_features: Number of features d.
+        like: Tensor whose device the rows are moved to, and whose dtype they are widened to.
+    """
+
+    def __init__(self, x: Any, sample_weight: Any, n_features: int, like: Tensor) -> None:
+        self.n_features, self.like, self.streamed = n_features, like, is_stream(x)
+        self.shape: tuple[int, ...] | None = None  # as it was given; a stream has none
+        if self.streamed:
+            if isinstance(x, Iterator):
+                raise TypeError(
+                    f"Expected `x` to be iterable more than once, but got {type(x).__name__}, which is used up by one "
+                    "pass; give a DataLoader, a list of rows or a tensor."
+                )
+            checks.check_integer("sample_weight", sample_weight, minimum=0, optional=True)
+        else:
+            x = checks.to_tensor("x", x, like.dtype).detach()
+            checks.check_rows("x", x, n_features)
+            sample_weight = self._weights(sample_weight, x)
+            self.shape = tuple(x.shape)
+            x = x.reshape(-1, n_features).to(like.device)
+            sample_weight = None if sample_weight is None else sample_weight.reshape(-1)
+        self.x, self.sample_weight = x, sample_weight
+
+    @contextmanager
+    def batches(self) -> Iterator[Iterator[Batch]]:
+        """Make one pass: batches of rows ``(n, d)`` and their weights ``(n,)``; random generators are left alone."""
+        with untouched_generators(getattr(self.x, "generator", None)) if self.streamed else nullcontext():
+            yield self._streamed() if self.streamed else self._in_memory()
+
+    @contextmanager
+    def checked_batches(self) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+        """Make one pass over rows of positive weight with their weights, and raise at one that is not finite.
+
+        Raises:
+            ValueError: If a row or weight is not finite, or a weight is negative.
+        """
+        with self.batches() as batches:
+            yield (_checked(rows, weight) for rows, weight in batches)
+
+    def _in_memory(self) -> Iterator[Batch]:
+        parts = self.x.split(BATCH)
+        weights = [None] * len(parts) if self.sample_weight is None else self.sample_weight.split(BATCH)
+        for rows, weight in zip(parts, weights, strict=True):
+            yield self._widened(rows), weight
+
+    def _streamed(self) -> Iterator[Batch]:
+        for batch in self.x:
+            rows, weight = self._of_batch(batch)
+            yield self._widened(rows.reshape(-1, self.n_features)), None if weight is None else weight.reshape(-1)
+
+    def _of_batch(self, batch: Any) -> Batch:
+        """Return the rows of a stream's batch, and their weights."""
+        several = isinstance(batch, (tuple, list))
+        if not (several and len(batch)) and not isinstance(batch, Tensor) and not hasattr(batch, "__array__"):
+            raise TypeError(
+                f"Expected the batches of `x` to be tensors, or tuples whose first element is one, but got "
+                f"{type(batch).__name__}."
+            )
+        rows = checks.to_tensor("x", batch[0] if several else batch, self.like.dtype).detach()
+        checks.check_rows("x", rows, self.n_features)
+        if self.sample_weight is None:
+            return rows, None
+        if not several or len(batch) <= self.sample_weight:
+            raise ValueError(
+                f"Expected batches of `x` that hold weights at index sample_weight={self.sample_weight}, but got "
+                f"{len(batch) if several else 'no'} elements."
+            )
+        return rows, self._weights(batch[self.sample_weight], rows)
+
+    def _weights(self, sample_weight: Any, x: Tensor) -> Tensor | None:
+        if sample_weight is None:
+            return None
+        weight = checks.to_tensor("sample_weight", sample_weight, self.like.dtype).detach()
+        checks.check_sample_weight(weight, tuple(x.shape[:-1]))
+        return weight.to(self.like.device)
+
+    def _widened(self, rows: Tensor) -> Tensor:
+        return rows.to(self.like.device, wider_dtype(rows.dtype, self.like.dtype))
+
+
+class Candidates(NamedTuple):
+    """Distinct rows from which EM may start, sorted, and what each weighs.
+
+    Up to ``size`` rows are all kept. Of more, those are kept whose hash is smallest: a sample of the distinct rows that
+    is uniform and does not depend on the order of rows, on how they are batched, or on how often they are repeated,
+    with their exact total weights (a bottom-k sketch).
+
+    Attributes:
+        rows: Shape ``(m, d)``.
+        weights: Shape ``(m,)``, in float64 where the device has it.
+
+    References:
+        Cohen and Kaplan, Summarizing data using bottom-k sketches, 2007.
+
+    Example:
+        >>> rows, weights = torch.tensor([[3.0], [1.0], [3.0]]), torch.tensor([1.0, 2.0, 1.0])
+        >>> Candidates(rows, weights).smallest(size=10).sorted()
+        Candidates(rows=tensor([[1.],
+                [3.]]), weights=tensor([2., 2.]))
+    """
+
+    rows: Tensor
+    weights: Tensor
+
+    def smallest(self, size: int) -> Candidates:
+        """Return the ``size`` distinct rows of smallest hash; those of a union are those of its parts' together."""
+        hashes, which = _hashes(self.rows).unique(return_inverse=True)  # ascending
+        places = torch.arange(len(which), device=which.device)
+        first = torch.full_like(hashes, len(which)).scatter_reduce_(0, which, places, "amin")
+        totals = self.weights.new_zeros(len(hashes)).index_add_(0, which, self.weights)
+        return Candidates(self.rows[first[:size]], totals[:size])
+
+    def union(self, other: Candidates) -> Candidates:
+        """Return the rows of both."""
+        return Candidates(torch.cat([self.rows, other.rows]), torch.cat([self.weights, other.weights]))
+
+    def sorted(self) -> Candidates:
+        """Return them in ascending order, so that a seeded choice does not depend on how they arrived."""
+        rows, which = self.rows.unique(dim=0, return_inverse=True)
+        return Candidates(rows, self.weights.new_zeros(len(rows)).index_add_(0, which, self.weights))
+
+
+class Survey(NamedTuple):
+    """What a first pass finds in rows that can be fitted.
+
+    Attributes:
+        scale: Standard deviation of each feature, shape ``(d,)``.
+        dtype: Dtype of the rows as they are computed with.
+        candidates: Rows from which EM may start.
+    """
+
+    scale: Tensor
+    dtype: torch.dtype
+    candidates: Candidates
+
+
+def survey(data: Rows, size: int, minimum: int) -> Survey:
+    """Look at all rows once, and raise if they can't be fitted.
+
+    Args:
+        data: Rows of shape ``(n, d)``.
+        size: Largest number of candidates to keep.
+        minimum: Smallest number of rows of positive weight, ``n_components``.
+
+    Raises:
+        ValueError: If there are too few rows, or if rows or weights are not finite, too large or negative.
+    """
+    n_rows, sums, candidates = 0, list[Statistics](), list[Candidates]()
+    with data.checked_batches() as batches:
+        for rows, weight in batches:
+            if not len(rows):
+                continue
+            checks.check_squares("x", rows)
+            n_rows += len(rows)
+            labels = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+            sums.append(hard_statistics(rows, labels, rows[:1], Diagonal(), weight))
+            candidates.append(Candidates(rows + 0.0, weight))  # minus zero is zero
+            # One entry each: memory stays bounded by a batch.
+            sums, candidates = [reduce(Statistics.merge, sums)], [reduce(Candidates.union, candidates).smallest(size)]
+    if n_rows < minimum:
+        of_weight = "" if data.sample_weight is None else " of positive weight"
+        raise ValueError(f"Expected `x` with at least n_components={minimum} rows{of_weight}, but got {n_rows}.")
+    variance = scatter(sums[0], Diagonal())[0] / sums[0].weight()
+    found = candidates[0].sorted()
+    return Survey(variance.clamp(min=0.0).sqrt(), found.rows.dtype, found)
+
+
+def _checked(rows: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the rows of positive weight and their weights, in the dtype of sums, or raise."""
+    bad = int((~torch.isfinite(rows).all(-1)).sum())
+    if bad:
+        raise ValueError(
+            f"Expected `x` to be finite, but {bad} of {len(rows)} rows hold nan or infinity; drop or impute them."
+        )
+    wide = accumulator_dtype(rows.device)
+    if weight is None:
+        return rows, torch.ones(len(rows), dtype=wide, device=rows.device)
+    bad = int((~(torch.isfinite(weight) & (weight >= 0))).sum())
+    if bad:
+        raise ValueError(
+            f"Expected `sample_weight` to be finite and at least 0, but {bad} of {len(weight)} are negative, nan or "
+            "infinite; give such rows the weight 0 or drop them."
+        )
+    return rows[weight > 0], weight[weight > 0].to(wide)
+
+
+def _hashes(rows: Tensor) -> Tensor:
+    """Return 64 well-mixed bits for each row, the same wherever it stands: a multilinear hash, then a finaliser."""
+    bits = rows.contiguous().view(torch.int32 if rows.element_size() == 4 else torch.int64).to(torch.int64)
+    for shift in (32, 16):  # the low bits of round numbers are zero, and a product moves bits only upwards
+        bits = bits ^ (bits >> shift)
+    generator = torch.Generator().manual_seed(0)
+    factors = 2 * torch.randint(2**62, (rows.shape[-1],), generator=generator).to(rows.device) + 1
+    mixed = (bits * factors).sum(-1)
+    for shift in (31, 29):
+        mixed = (mixed ^ (mixed >> shift)) * 0x2545F4914F6CDD1D
+    return mixed ^ (mixed >> 32)
+
+
+@contextmanager
+def untouched_generators(own: torch.Generator | None = None) -> Iterator[None]:
+    """Leave torch's global generator, and a loader's own, as they were: iterating a ``DataLoader`` advances them."""
+    with torch.random.fork_rng(devices=[]):
+        state = None if own is None else own.get_state()
+        try:
+            yield
+        finally:
+            if own is not None and state is not None:
+                own.set_state(state)

@@ -1,0 +1,163 @@
+"""`MixtureDensity`: what a mixture says of rows, as a layer, wherever its parameters come from."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tgmm_nn import checks, functional
+from tgmm_nn.covariance import Covariance
+from tgmm_nn.data import Rows
+from tgmm_nn.functional import Parameters
+from tgmm_nn.statistics import accumulator_dtype, wider_dtype
+
+__all__ = ["MixtureDensity", "full_precision"]
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Turn autocast off; a meta tensor has none."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+class MixtureDensity(nn.Module):
+    """Log-density and responsibilities of a mixture, differentiable in the rows.
+
+    Rows are tensors, arrays or lists of any float or integer dtype and on any device; they are moved to the mixture's
+    device, and results are in float32, or in float64 where the rows or the mixture are.
+    """
+
+    n_components: int
+    n_features: int
+    covariance: Covariance
+    chunk_size: int | None
+
+    @abstractmethod
+    def mixture(self) -> Parameters:
+        """Return the parameters."""
+
+    def forward(self, x: Any) -> Tensor:
+        r"""Return the log-density :math:`\log p(x)` of each row, in nats.
+
+        Differentiable in ``x``; computed outside autocast, in float32 or the wider of the dtypes of ``x`` and the
+        mixture.
+
+        Args:
+            x: Rows, shape ``(..., d)``.
+
+        Returns:
+            Tensor of shape ``(...)``; −inf at infinity, nan where ``x`` is nan.
+
+        Raises:
+            TypeError: If ``x`` holds no real numbers.
+            ValueError: If the last dimension of ``x`` is not d.
+
+        Example:
+            >>> from tgmm_nn import GaussianMixture
+            >>> GaussianMixture(2, 1)(torch.zeros(3, 1))
+            tensor([-0.9189, -0.9189, -0.9189])
+        """
+        return self._map_rows(functional.log_density, x)
+
+    def score_samples(self, x: Any) -> Tensor:
+        """Return the log-density of each row: the same as calling the layer."""
+        return self(x)
+
+    def log_responsibilities(self, x: Any) -> Tensor:
+        r"""Return :math:`\log p(k | x)`, shape ``(..., K)``; differentiable in ``x``, nan for a row at infinity."""
+        return self._map_rows(lambda *args: functional.log_joint(*args).log_softmax(-1), x)
+
+    def predict_proba(self, x: Any) -> Tensor:
+        """Return the responsibilities of the components for each row, shape ``(..., K)``."""
+        return self.log_responsibilities(x).exp()
+
+    def predict(self, x: Any) -> Tensor:
+        """Return the most probable component of each row, shape ``(...)``, int64."""
+        return self._map_rows(lambda *args: functional.log_joint(*args).argmax(-1), x)
+
+    @torch.no_grad()
+    def score(self, x: Any, sample_weight: Any = None) -> float:
+        """Return the mean log-density of the rows in nats; raise where one is not finite."""
+        total, weight = self._total(functional.log_density, x, sample_weight)
+        return total / weight
+
+    @torch.no_grad()
+    def bic(self, x: Any, sample_weight: Any = None) -> float:
+        r"""Return the Bayesian information criterion, :math:`-2 \log L + p \log n`; smaller is better.
+
+        p is `n_parameters`, and n the total weight of the rows.
+
+        References:
+            Schwarz, Estimating the dimension of a model, 1978.
+        """
+        total, weight = self._total(functional.log_density, x, sample_weight)
+        return -2.0 * total + self.n_parameters * math.log(weight)
+
+    @torch.no_grad()
+    def aic(self, x: Any, sample_weight: Any = None) -> float:
+        r"""Return Akaike's information criterion, :math:`-2 \log L + 2 p`; smaller is better.
+
+        References:
+            Akaike, A new look at the statistical model identification, 1974.
+        """
+        return -2.0 * self._total(functional.log_density, x, sample_weight)[0] + 2.0 * self.n_parameters
+
+    @torch.no_grad()
+    def icl(self, x: Any, sample_weight: Any = None) -> float:
+        r"""Return the integrated completed likelihood criterion; smaller is better.
+
+        .. math:: -2 \sum_n \max_k \log \pi_k N(x_n; \mu_k, \Sigma_k) + p \log n,
+
+        which is `bic` and a penalty for rows that belong to no component clearly.
+
+        References:
+            Biernacki, Celeux and Govaert, Assessing a mixture model for clustering with the integrated completed
+            likelihood, 2000.
+        """
+        total, weight = self._total(lambda *args: functional.log_joint(*args).amax(-1), x, sample_weight)
+        return -2.0 * total + self.n_parameters * math.log(weight)
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of free parameters: weights, means and covariances."""
+        k, d = self.n_components, self.n_features
+        return k - 1 + k * d + self.covariance.leading(k) * self.covariance.n_parameters(d)
+
+    def _map_rows(self, function: Callable[..., Tensor], x: Any) -> Tensor:
+        """Apply a function of rows and parameters to ``(..., d)``, outside autocast."""
+        parameters = self.mixture()
+        x = self._checked(x)
+        rows = self._rows(x)
+        with full_precision(rows.device):
+            value = functional.map_rows(
+                lambda part: function(part, parameters, self.covariance), rows, parameters, chunk_size=self.chunk_size
+            )
+        return value.reshape(x.shape[:-1] + value.shape[1:])
+
+    def _checked(self, x: Any) -> Tensor:
+        """Return ``x`` as a tensor ``(..., d)``, or raise."""
+        x = checks.to_tensor("x", x, self.mixture().means.dtype)
+        checks.check_rows("x", x, self.n_features)
+        return x
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """Return a checked ``x`` as rows ``(n, d)`` in the wider of its dtype and the mixture's, on its device."""
+        means = self.mixture().means
+        return x.reshape(-1, self.n_features).to(means.device, wider_dtype(x.dtype, means.dtype))
+
+    def _total(self, function: Callable[..., Tensor], x: Any, sample_weight: Any) -> tuple[float, float]:
+        """Return the weighted sum over finite rows of a function of rows, and the total weight of the rows."""
+        means = self.mixture().means
+        total = weights = torch.zeros((), dtype=accumulator_dtype(means.device), device=means.device)
+        with Rows(x, sample_weight, self.n_features, means).checked_batches() as batches:
+            for rows, weight in batches:
+                total = total + (weight * self._map_rows(function, rows)).sum()
+                weights = weights + weight.sum()
+        if not float(weights) > 0:
+            raise ValueError("Expected `x` with at least one row of positive weight, but got none.")
+        return float(total), float(weights)

@@ -1,0 +1,297 @@
+"""`MixtureEM`: a mixture that learns by EM: to convergence, by exact updates or on minibatches, without gradient."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from tgmm_nn import checks, functional
+from tgmm_nn.data import Rows, Survey, is_stream, survey
+from tgmm_nn.density import full_precision
+from tgmm_nn.distributed import is_distributed, sum_over_ranks
+from tgmm_nn.fitting import Options, fit_from, progress, sum_over
+from tgmm_nn.functional import Parameters
+from tgmm_nn.initialization import Start, n_candidates
+from tgmm_nn.state import MixtureState
+from tgmm_nn.statistics import Statistics
+
+__all__ = ["MixtureEM"]
+
+Self = TypeVar("Self", bound="MixtureEM")
+
+
+class MixtureEM(MixtureState):
+    """Expectation-maximisation on the buffers; `tgmm_nn.GaussianMixture` documents the options."""
+
+    init_means: str | Tensor
+    init_weights: str | Tensor
+    init_covariances: str | Tensor
+    n_init: int
+    random_state: int | None
+    cem: bool
+    max_iter: int
+    tol: float
+    reg_covar: float
+    reg_covar_relative: bool
+    warm_start: bool
+    verbose: bool | Literal["bar"]
+    verbose_interval: int
+
+    @torch.no_grad()
+    def statistics(self, x: Any, sample_weight: Any = None, log_prior: Tensor | None = None) -> Statistics:
+        """Return the sums that an M-step needs (the E-step), of this rank's rows alone.
+
+        Rows that are not finite, or whose weight is negative or not finite, are left out and counted.
+
+        Args:
+            x: Rows, shape ``(..., d)``, or a stream of them.
+            sample_weight: Non-negative weight of each row, shape ``(...)``.
+            log_prior: Log-prior of each row over components in nats, shape ``(..., K)``, added to the joint: labels,
+                masks or links. −inf forbids a component; a row for which all are forbidden is left out.
+
+        Raises:
+            TypeError: If an argument holds no real numbers.
+            ValueError: If an argument has the wrong shape, or a stream no batch.
+
+        Example:
+            >>> from tgmm_nn import GaussianMixture
+            >>> gmm = GaussianMixture(1, 1)
+            >>> a, b = gmm.statistics(torch.zeros(3, 1)), gmm.statistics(torch.ones(1, 1))
+            >>> gmm.maximize(a.merge(b)); gmm.means_
+            tensor([[0.2500]])
+        """
+        if not is_stream(x):
+            return self._expect(x, sample_weight, log_prior)
+        if log_prior is not None:
+            raise ValueError("Expected `log_prior` only with rows, but got it with a stream, whose order is not known.")
+        data = Rows(x, sample_weight, self.n_features, self.means_)
+        with full_precision(self.means_.device):
+            return sum_over(data, self._snapshot(), self.covariance, hard=self.cem, chunk_size=self.chunk_size)
+
+    @torch.no_grad()
+    def maximize(self, statistics: Statistics) -> None:
+        """Set the parameters to the maximisers given the sums (the M-step), and keep the sums as the running ones.
+
+        Raises:
+            TypeError: If ``statistics`` are no `Statistics`.
+            ValueError: If they are of another covariance structure or size.
+        """
+        self._running().check_like(statistics)
+        usable = self._maximize(statistics)
+        self.running_step_size.copy_(torch.where(usable, 1.0, self.running_step_size))
+
+    @torch.no_grad()
+    def em_step(
+        self,
+        x: Any,
+        sample_weight: Any = None,
+        step_size: float | Tensor | None = None,
+        *,
+        log_prior: Tensor | None = None,
+        sync: bool = True,
+    ) -> Tensor:
+        r"""Make one EM update on ``x``, without gradient and without reading a value on the host.
+
+        With ``step_size`` :math:`\rho_t` the running sums become :math:`S_t = \gamma_t S_{t-1} + s(x)`,
+        :math:`\gamma_t = \rho_{t-1} (1 / \rho_t - 1)`, and the M-step is taken at them: for batches of equal size ``x``
+        has the share :math:`\rho_t`, a shorter batch a smaller one, and priors meet sums of the effective size
+        :math:`n / \rho_t`. In a ``torch.distributed`` world the sums of all ranks are added first.
+
+        Args:
+            x: Rows, shape ``(..., d)``; rows that are not finite are left out and counted in ``n_skipped``.
+            sample_weight: Non-negative weight of each row, shape ``(...)``.
+            step_size: Share of ``x`` in the running sums, in (0, 1]; None is exact EM on ``x``. A tensor is not read on
+                the host: where it is out of range nothing changes.
+            log_prior: Log-prior of each row over components, shape ``(..., K)``; see `statistics`.
+            sync: Whether to add the sums of all ranks; then every rank has to call this.
+
+        Returns:
+            Mean log-likelihood of the rows before the update in nats, shape ``()``; nan, and nothing changes, where no
+            row is usable.
+
+        Raises:
+            TypeError: If an argument holds no real numbers.
+            ValueError: If an argument has the wrong shape or range.
+
+        References:
+            Cappé and Moulines, On-line expectation-maximization algorithm for latent data models, 2009.
+        """
+        checks.check_step_size(step_size)
+        batch = self._expect(x, sample_weight, log_prior)
+        if sync and is_distributed():
+            batch = batch.unflatten(sum_over_ranks(batch.flatten()))
+        total = batch.weight()
+        # In the dtype of the sums: a share of 0.3 in float32 is off by 1e-8, and the next step multiplies by it.
+        if isinstance(step_size, Tensor):
+            rho = step_size.detach().to(total).reshape(1)
+        else:
+            rho = total.new_full((1,), 1.0 if step_size is None else step_size)
+        # A share given as a tensor is not read: out of range it counts as a batch without rows.
+        valid = ((total > 0) & (rho > 0) & (rho <= 1)).squeeze()
+        usable = self._maximize(batch if step_size is None else batch.merge(self._decayed(rho, total)), valid)
+        self.running_step_size.copy_(torch.where(usable, rho, self.running_step_size))
+        self.n_updates.add_(usable)
+        self.n_skipped.add_(batch.skipped.to(torch.int64))
+        return batch.mean_log_likelihood().to(self.means_.dtype)
+
+    @torch.no_grad()
+    def initialize(self: Self, x: Any, sample_weight: Any = None) -> Self:
+        """Set a start for EM from the rows ``x``, by ``init_means``, ``init_weights`` and ``init_covariances``.
+
+        Args:
+            x: Finite rows, at least K of them, shape ``(n, d)``, or a stream of them; moved to the mixture's device.
+            sample_weight: Non-negative weight of each row, shape ``(n,)``.
+
+        Returns:
+            The layer itself.
+
+        Raises:
+            TypeError: If an argument holds no real numbers.
+            ValueError: If ``x`` has the wrong width, too few rows, or values that are not finite; nothing is changed
+                then.
+        """
+        found = self._survey(self._data(x, sample_weight))
+        parameters, statistics = next(self._starts(found, 1, self.n_init))
+        self._write(parameters)
+        self._begin(statistics)
+        self.fitted.fill_(1)
+        return self
+
+    @torch.no_grad()
+    def fit(self: Self, x: Any, sample_weight: Any = None) -> Self:
+        """Run EM on ``x`` from ``n_init`` starts and keep the best.
+
+        Each runs until the objective changes by less than ``tol``, or for ``max_iter`` M-steps. Fits the rows that this
+        process holds; `em_step` adds over ranks. The layer is written once, at the end. A stream is iterated once for
+        the start and once for each E-step, and gives the same mixture as its rows in memory.
+
+        Args:
+            x: Finite rows, at least K of them, shape ``(n, d)``, or a stream of them; moved to the mixture's device.
+            sample_weight: Non-negative weight of each row, shape ``(n,)``; a row of weight 2 counts as two rows.
+
+        Returns:
+            The layer itself.
+
+        Raises:
+            TypeError: If an argument holds no real numbers.
+            ValueError: If ``x`` has the wrong width, too few rows, or values that are not finite, or if no start leads
+                to a finite mixture; nothing is changed then.
+
+        Warns:
+            UserWarning: If ``max_iter`` M-steps did not converge.
+        """
+        data, options = self._data(x, sample_weight), self._em_options()
+        found = self._survey(data)
+        warm = self.warm_start and self.fitted_
+        n_starts = 1 if warm or isinstance(self.init_means, Tensor) else self.n_init
+        starts = iter([self._wide()]) if warm else (start for start, _ in self._starts(found, n_starts, 1))
+        fits = []
+        for number, start in enumerate(starts, start=1):
+            reporter = progress(self.verbose, self.verbose_interval, self.max_iter, number, n_starts)
+            with full_precision(self.means_.device), reporter as report:
+                fits.append(fit_from(start, data, found, options, report))
+        best = max(fits, key=lambda fit: fit.objective)
+        if not math.isfinite(best.objective):
+            raise ValueError(
+                f"Expected `x` to lead EM to a finite mixture, but the objective ended as {best.history[-1]}; rescale "
+                "the features, or raise `reg_covar`."
+            )
+        self._write(best.parameters)
+        self._begin(best.statistics.scale(1.0 / best.statistics.weight()))
+        self.history_ = best.history
+        for name, value in best.outcome.items():
+            getattr(self, name).fill_(value)
+        if not best.converged:
+            warnings.warn(
+                f"EM did not converge in max_iter={self.max_iter} iterations (last change of the objective: "
+                f"{best.last_change:.3g} nats per row, tol={self.tol:g}); raise `max_iter` or `tol`.",
+                stacklevel=3,  # torch.no_grad wraps this method
+            )
+        return self
+
+    def fit_predict(self, x: Any, sample_weight: Any = None) -> Tensor:
+        """Fit the mixture and return the most probable component of each row, shape ``(n,)``."""
+        if is_stream(x):
+            raise TypeError(f"Expected `x` as rows, but got {type(x).__name__}; call fit, then predict batch by batch.")
+        return self.fit(x, sample_weight).predict(x)
+
+    # --------------------------------------------------------------------------------------------------- inside
+
+    def _em_options(self) -> Options:
+        ridge = (self.reg_covar, self.reg_covar_relative)
+        return Options(self.covariance, self._priors, self.cem, self.max_iter, self.tol, *ridge, self.chunk_size)
+
+    def _maximize(self, statistics: Statistics, valid: Tensor | bool = True) -> Tensor:
+        """M-step at the sums, which become the running ones, if they are ``valid`` and hold any row; return whether."""
+        total = statistics.weight()
+        usable = (total > 0) & torch.isfinite(total) & valid
+        current = self._snapshot()
+        with full_precision(total.device):
+            new = self._em_options().maximize(statistics, current)
+        self._write(Parameters(*(torch.where(usable, ours, old) for ours, old in zip(new, current, strict=True))))
+        kept = self._running()
+        self._keep(
+            torch.where(usable, statistics.count, kept.count),
+            torch.where(usable, statistics.first, kept.first),
+            torch.where(usable, statistics.second, kept.second),
+            torch.where(usable, statistics.origin, kept.origin),
+        )
+        self.fitted.copy_(torch.maximum(self.fitted, usable.to(torch.int64)))
+        return usable
+
+    def _decayed(self, step_size: Tensor, weight: Tensor) -> Statistics:
+        """Return the running sums times γ; with no batch before, they count as one batch like this."""
+        previous = torch.where(self.running_step_size > 0, self.running_step_size, weight)
+        gamma = (previous * (1.0 / step_size - 1.0)).sum()
+        return self._running().scale(torch.where(weight > 0, gamma, 0.0))
+
+    def _expect(self, x: Any, sample_weight: Any, log_prior: Tensor | None) -> Statistics:
+        x = self._checked(x)
+        rows = self._rows(x).detach()
+        if sample_weight is not None:
+            sample_weight = checks.to_tensor("sample_weight", sample_weight, rows.dtype)
+            checks.check_sample_weight(sample_weight, x.shape[:-1])
+            sample_weight = sample_weight.detach().reshape(-1).to(rows.device)
+        if log_prior is not None:
+            checks.check_log_prior(log_prior, (*x.shape[:-1], self.n_components))
+            log_prior = log_prior.detach().reshape(-1, self.n_components).to(rows)
+        how: dict[str, Any] = {"hard": self.cem, "chunk_size": self.chunk_size}
+        with full_precision(rows.device):
+            return functional.expectation(rows, self._snapshot(), self.covariance, sample_weight, log_prior, **how)
+
+    def _data(self, x: Any, sample_weight: Any) -> Rows:
+        """Return training rows, or raise."""
+        data = Rows(x, sample_weight, self.n_features, self.means_)
+        if data.shape is not None and len(data.shape) != 2:
+            raise ValueError(f"Expected `x` of shape (n, {self.n_features}), but got {data.shape}.")
+        return data
+
+    def _survey(self, data: Rows) -> Survey:
+        with full_precision(self.means_.device):
+            return survey(data, n_candidates(self.n_components), self.n_components)
+
+    def _starts(self, found: Survey, n_starts: int, n_init: int) -> Iterator[tuple[Parameters, Statistics]]:
+        """Give starts of EM, parameters and the sums of total weight one that they belong to."""
+        start = Start.from_options(
+            self.covariance,
+            self.n_components,
+            self.n_features,
+            self.init_means,
+            self.init_weights,
+            self.init_covariances,
+        )
+        # Covariances that are given are taken as they are.
+        ridge = (self.reg_covar, self.reg_covar_relative) if start.is_estimated else (0.0, False)
+        generator = torch.Generator().manual_seed(self._seed())
+        for _ in range(n_starts):
+            with full_precision(self.means_.device):
+                sums = start.statistics(found.candidates, self.covariance, self.n_components, n_init, generator)
+                yield functional.maximize(sums, self._fresh(), self.covariance, *ridge), sums
+
+    def _seed(self) -> int:
+        return torch.initial_seed() if self.random_state is None else self.random_state
