@@ -256,7 +256,7 @@ def test_what_needs_rows_at_hand_says_so(x, generator):
             TypeError, match="Expected `x` as rows, but got DataLoader; call fit, then predict batch by b"
         ):
             gmm.fit_predict(loader)
-        with pytest.raises(TypeError, match="`x` to be a tensor, array, list or number .*, but got .*DataLoader"):
+        with pytest.raises(TypeError, match=r"`x` to be a tensor, array, list or number .*, but got .*DataLoader"):
             gmm.predict(loader)
         with pytest.raises(TypeError, match="`sample_weight` to be an integer or None, but got tensor"):
             gmm.fit(loader, torch.ones(140))

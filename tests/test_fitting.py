@@ -321,3 +321,133 @@ def test_lists_keep_the_digits_of_the_layer():
     gmm = GaussianMixture(1, 1, "diag", dtype=torch.float64).set_parameters([1.0], [[0.1]], [[0.3]])
     assert gmm.means_.item() == 0.1
     assert gmm.covariances_.item() == pytest.approx(0.3, rel=1e-15)
+
+
+# ------------------------------------------------------------------------------------------- warm start, progress
+
+
+@TO_THE_END
+def test_a_warm_start_goes_on_from_the_mixture_as_it_is(family, clusters):
+    options = {"tol": 0.0, "random_state": 0, "n_init": 3, "dtype": torch.float64}
+    whole = GaussianMixture(3, 2, family, max_iter=9, **{**options, "n_init": 1}).fit(clusters)
+    gmm = GaussianMixture(3, 2, family, max_iter=4, warm_start=True, **{**options, "n_init": 1}).fit(clusters)
+    gmm.max_iter = 5
+    gmm.fit(clusters)
+    assert gmm.n_iter_ == 5
+    assert_near(gmm.history_, whole.history_[4:], 1e-12)
+    assert_near(parameters_of(gmm), parameters_of(whole), 1e-11)
+
+
+def test_a_warm_start_of_a_fresh_layer_is_a_start_and_later_ones_are_one_run(clusters, monkeypatch):
+    fits = []
+    fit_from = learning.fit_from
+    monkeypatch.setattr(learning, "fit_from", lambda *args: fits.append(fit_from(*args)) or fits[-1])
+    gmm = GaussianMixture(3, 2, warm_start=True, n_init=3, max_iter=500).fit(clusters)
+    assert len(fits) == 3
+    gmm.fit(clusters)
+    assert len(fits) == 4
+    assert gmm.n_iter_ <= 2
+
+
+def test_converged_does_not_survive_a_warm_start_that_did_not(clusters):
+    gmm = GaussianMixture(3, 2, warm_start=True, max_iter=500).fit(clusters)
+    assert gmm.converged_
+    gmm.max_iter, gmm.tol = 1, 0.0
+    with pytest.warns(UserWarning, match="EM did not converge"):
+        gmm.fit(clusters + 1.0)
+    assert not gmm.converged_
+
+
+def test_given_means_are_run_once_whatever_n_init(clusters, monkeypatch):
+    fits = []
+    fit_from = learning.fit_from
+    monkeypatch.setattr(learning, "fit_from", lambda *args: fits.append(fit_from(*args)) or fits[-1])
+    GaussianMixture(3, 2, init_means=clusters[:3], n_init=5, max_iter=500).fit(clusters)
+    assert len(fits) == 1
+
+
+@TO_THE_END
+def test_verbose_prints_every_interval_and_the_last(clusters, capsys):
+    gmm = GaussianMixture(3, 2, verbose=True, verbose_interval=3, max_iter=7, tol=0.0).fit(clusters)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines] == [f"EM: iteration {n}" for n in (0, 3, 6, 7)]
+    assert lines[0] == f"EM: iteration 0, objective {gmm.history_[0]:.6f} nats per row"
+    change = gmm.history_[7] - gmm.history_[6]
+    assert lines[-1] == f"EM: iteration 7, objective {gmm.history_[7]:.6f} nats per row, change {change:+.2e}"
+
+
+@TO_THE_END
+def test_verbose_names_the_start_where_there_are_several(clusters, capsys):
+    GaussianMixture(3, 2, verbose=True, n_init=2, max_iter=1, tol=0.0).fit(clusters)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["EM, start 1 of 2"] * 2 + ["EM, start 2 of 2"] * 2
+
+
+def test_a_fit_is_silent_unless_asked(clusters, capsys):
+    GaussianMixture(3, 2, max_iter=500).fit(clusters)
+    assert capsys.readouterr() == ("", "")
+
+
+@TO_THE_END
+def test_a_progress_bar_goes_to_standard_error_and_ends_where_the_fit_does(clusters, capsys):
+    GaussianMixture(3, 2, verbose="bar", max_iter=7, tol=0.0).fit(clusters)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "7/7" in err
+    assert "objective=" in err
+
+
+def test_not_converging_warns_once_over_all_starts(clusters):
+    with pytest.warns(UserWarning, match="EM did not converge") as caught:
+        GaussianMixture(3, 2, n_init=4, max_iter=1, tol=0.0).fit(clusters)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+def test_an_interrupted_fit_changes_nothing(clusters, monkeypatch, generator):
+    gmm = random_layer("full", generator)
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(learning, "fit_from", interrupted)
+    with unchanged(gmm), pytest.raises(KeyboardInterrupt):
+        gmm.fit(clusters)
+
+
+# --------------------------------------------------------------------------------------------------------- units
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_with_a_relative_ridge_a_fit_in_other_units_is_the_same_but_for_units(family, scale, dtype, clusters):
+    options = {"reg_covar": 1e-2, "reg_covar_relative": True, "random_state": 0, "max_iter": 500, "dtype": dtype}
+    x = clusters.to(dtype)
+    one, other = (
+        GaussianMixture(3, 2, family, **options).fit(x),
+        GaussianMixture(3, 2, family, **options).fit(x * scale),
+    )
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-3
+    assert one.n_iter_ == other.n_iter_
+    assert_near(other.weights_, one.weights_, tolerance)
+    assert_near(other.means_ / scale, one.means_, tolerance)
+    assert_near(other.covariances_ / scale**2, one.covariances_, tolerance)
+    assert other.lower_bound_ + 2 * np.log(scale) == pytest.approx(one.lower_bound_, abs=tolerance)
+    for gmm, rows in ((one, x), (other, x * scale)):
+        gmm.em_step(rows[:100], step_size=0.3)
+    assert_near(other.means_ / scale, one.means_, tolerance)
+    assert_near(other.covariances_ / scale**2, one.covariances_, tolerance)
+
+
+def test_priors_add_nothing_to_the_relative_ridge(family, clusters, generator):
+    """It is a fraction of the variance of the data, which a far prior is not part of."""
+    prior = {"mean_prior": 1e3, "mean_precision_prior": 1e-9}
+    options = {"reg_covar": 0.5, "reg_covar_relative": True}
+    plain, ridged = (
+        random_layer(family, torch.Generator().manual_seed(0), **prior, **o) for o in ({"reg_covar": 0.0}, options)
+    )
+    plain.em_step(clusters)
+    ridged.em_step(clusters)
+    got = ridged.covariance_matrices() - plain.covariance_matrices()
+    expected = 0.5 * clusters.var(0, correction=0).mean() * torch.eye(2).double()
+    assert_near(got, expected.expand(3, 2, 2), 1e-9)

@@ -299,3 +299,91 @@ def test_a_compiled_update_takes_one_step_size_after_another(generator):
         step(x, step_size=step_size)
     for name in PARAMETERS:
         assert_near(getattr(compiled, name), getattr(eager, name), 1e-6)
+
+
+# ------------------------------------------------------------------------------------------- what a module must bear
+
+
+def test_an_exported_density_takes_any_batch(layer, generator):
+    gmm = layer()
+    x = torch.randn(7, 2, generator=generator)
+    exported = torch.export.export(gmm, (x,), dynamic_shapes={"x": {0: torch.export.Dim("n")}}).module()
+    for n in (2, 7, 500):
+        rows = torch.randn(n, 2, generator=generator)
+        assert_near(exported(rows), gmm(rows), 1e-6)
+
+
+def test_an_exported_network_has_the_mixture_inside(generator):
+    net = nn.Sequential(nn.Linear(3, 2), random_layer("full", generator, dtype=torch.float32))
+    x = torch.randn(5, 3, generator=generator)
+    exported = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("n")},))
+    assert_near(exported.module()(x[:3]), net(x[:3]), 1e-6)
+
+
+def test_gradients_of_each_row_by_vmap_are_those_of_a_loop(layer, x):
+    gmm = layer()
+    per_row = torch.func.vmap(torch.func.grad(gmm))(x)
+    loop = torch.stack([torch.func.grad(gmm)(row) for row in x])
+    assert_near(per_row, loop, 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_data_parallel_training_with_the_density_in_the_loss_runs(family, generator, tmp_path):
+    """One process is enough to make DDP broadcast and check buffers."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        net = nn.Sequential(nn.Linear(3, 2), random_layer(family, generator, dtype=torch.float32))
+        parallel = nn.parallel.DistributedDataParallel(net)
+        optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+        x = torch.randn(20, 3, generator=generator)
+        before = copy_of_buffers(net)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (-parallel(x).mean()).backward()
+            optimizer.step()
+            net[1].em_step(net[0](x), step_size=0.5)
+        assert not torch.equal(net[1].means_, before["1.means_"])
+        assert torch.isfinite(parallel(x)).all()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_autograd_goes_through_rows_after_an_update_in_inference_mode(layer, x):
+    gmm = layer()
+    with torch.inference_mode():
+        gmm.em_step(x)
+        density = gmm(x)
+    assert_near(gmm(x), density.clone(), 0.0)
+    rows = x.clone().requires_grad_()
+    gmm(rows).sum().backward()
+    assert torch.isfinite(rows.grad).all()
+
+
+def test_a_layer_can_be_fitted_and_sampled_under_inference_mode(layer, x):
+    gmm = layer(max_iter=500)
+    with torch.inference_mode():
+        gmm.fit(x).sample(5)
+        gmm.initialize(x)
+        marginal = gmm.marginal(0)
+    rows = x.clone().requires_grad_()
+    gmm(rows).sum().backward()
+    assert torch.isfinite(rows.grad).all()
+    assert torch.isfinite(marginal(rows[:, :1].detach())).all()
+
+
+@pytest.mark.parametrize("step_size", [None, 0.5])
+def test_a_log_prior_of_labels_keeps_each_row_to_its_component(family, step_size, layer, x, generator):
+    """Three components with one label each are three Gaussians, one for each class."""
+    gmm = layer(dtype=torch.float64, reg_covar=0.0)
+    labels = torch.arange(40) % 3
+    log_prior = torch.full((40, 3), -torch.inf).scatter(1, labels[:, None], 0.0)
+    gmm.em_step(x.double(), log_prior=log_prior)
+    expected = torch.stack([x[labels == k].double().mean(0) for k in range(3)])
+    assert_near(gmm.means_, expected)
+    gmm.em_step(x.reshape(8, 5, 2), log_prior=log_prior.reshape(8, 5, 3), step_size=step_size)
+    assert_near(gmm.means_, expected, 1e-6)
+    with (
+        unchanged(gmm),
+        pytest.raises(ValueError, match=r"`log_prior` of shape \(40, 3\), one number for each row and comp"),
+    ):
+        gmm.em_step(x, log_prior=log_prior[:, :2])

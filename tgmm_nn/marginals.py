@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ __all__ = ["check_dims", "conditional", "marginal"]
 def check_dims(dims: Any, n_features: int) -> tuple[Tensor, Tensor]:
     """Return the features ``dims``, and the others in ascending order, as integers; or raise."""
     values = dims.tolist() if hasattr(dims, "tolist") else dims
-    values = [values] if isinstance(values, numbers.Integral) else list(values)
+    if not isinstance(values, (numbers.Real, Iterable)) or isinstance(values, str):
+        raise TypeError(f"Expected `dims` to be an integer or several, but got {dims!r}.")
+    values = list(values) if isinstance(values, Iterable) else [values]
     for value in values:
         checks.check_integer("dims", value, minimum=-n_features, maximum=n_features - 1)
     places = [int(value) % n_features for value in values]

@@ -205,9 +205,8 @@ class GaussianMixture(MixtureEM):
         """
         names = inspect.signature(GaussianMixture).parameters
         options, state = persistence.read(path, names)
-        dtype = persistence.DTYPES.get(options.pop("dtype", None))
         try:
-            gmm = cls(**options, dtype=dtype, device="cpu")
+            gmm = cls(**{**options, "dtype": persistence.DTYPES[options["dtype"]], "device": "cpu"})
             gmm.load_state_dict(state)
             persistence.check_valid(dict(gmm.named_buffers()))
         except (TypeError, ValueError, RuntimeError) as error:

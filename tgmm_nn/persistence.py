@@ -6,7 +6,6 @@ import os
 import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -120,8 +119,9 @@ def read(path: str | os.PathLike[str], names: Collection[str]) -> tuple[dict[str
     except OSError:
         raise
     except Exception as error:  # whatever a damaged or hostile archive makes the reader stumble over
-        reason = "would run code" if isinstance(error, UnpicklingError) else "can't be read"
-        raise ValueError(f"{expected} {reason}: {str(error).splitlines()[0] if str(error) else error!r}") from error
+        raise ValueError(
+            f"{expected} can't be read as plain data ({type(error).__name__}); nothing was run."
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{expected} holds something else; a state_dict is loaded by load_state_dict.")
     if content.get("version") != VERSION:
@@ -131,6 +131,8 @@ def read(path: str | os.PathLike[str], names: Collection[str]) -> tuple[dict[str
         raise ValueError(f"{expected} has no options or no state.")
     if unknown := [name for name in options if name not in names]:
         raise ValueError(f"{expected} has unknown options {unknown!r:.60}; update tgmm_nn.")
+    if options.get("dtype") not in DTYPES:
+        raise ValueError(f"{expected} is of dtype {options.get('dtype')!r:.60}, not one of {', '.join(DTYPES)}.")
     # Before a layer of that size is built.
     size = (options.get("n_components"), options.get("n_features"))
     means = state.get("means_")

@@ -212,6 +212,22 @@ class MixtureState(MixtureDensity):
         """Return what ``state_dict()`` returns: buffers, and the options that decide their shapes."""
         return dict(self.state_dict())
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state, as every module does; where that raises, the layer is left as it was.
+
+        Raises:
+            RuntimeError: If it is the state of another mixture, or where ``strict``, lacks a buffer or holds more.
+        """
+        before = {name: (buffer, buffer.clone()) for name, buffer in self.named_buffers(recurse=False)}
+        history = self.history_
+        try:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except BaseException:  # torch compares the keys last
+            for name, (buffer, values) in before.items():
+                self._buffers[name] = buffer.copy_(values)
+            self.history_ = history
+            raise
+
     def get_extra_state(self) -> dict[str, Any]:
         """Return what travels with ``state_dict`` besides buffers: options that shape it, and the trace of `fit`."""
         return {**self._shape(), "history": list(self.history_)}
@@ -234,18 +250,9 @@ class MixtureState(MixtureDensity):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # torch copies buffers before it compares keys and before the extra state arrives, so that a foreign mixture
-        # and a state that lacks a buffer have to be found here.
-        own = dict(self.named_buffers(recurse=False))
-        if problem := mismatch(state_dict, prefix, self._shape(), own):
+        # torch copies buffers before the extra state arrives, so that a foreign mixture has to be found here.
+        if problem := mismatch(state_dict, prefix, self._shape(), dict(self.named_buffers(recurse=False))):
             error_msgs.append(problem)
-            return
-        names = {prefix + name for name in (*own, "_extra_state")}
-        missing = [name for name in names if name not in state_dict]
-        unexpected = [name for name in state_dict if name.startswith(prefix) and name not in names]
-        if strict and (missing or unexpected):
-            missing_keys.extend(sorted(missing))
-            unexpected_keys.extend(unexpected)
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
