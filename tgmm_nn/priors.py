@@ -130,7 +130,8 @@ class Priors(NamedTuple):
     def log_density(self, weights: Tensor, means: Tensor, factor: Tensor, covariance: Covariance) -> Tensor:
         r"""Return the log-density of the priors at a mixture, in nats, shape ``()``.
 
-        A component of weight zero has left the Dirichlet term. Oracles: ``torch.distributions`` and
+        A component of weight zero has left the Dirichlet term: with α < 1 that term grows without bound as a weight
+        vanishes, and the objective falls at the step that empties a component. Oracles: ``torch.distributions`` and
         ``scipy.stats.invwishart``.
 
         Args:
