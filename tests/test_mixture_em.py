@@ -291,6 +291,15 @@ def test_em_step_and_forward_read_nothing_on_the_host(layer, rows, step_size):
         gmm.predict(x)
 
 
+@STEP_SIZES
+def test_nor_with_priors_a_relative_ridge_hard_assignments_or_a_log_prior(layer, rows, step_size):
+    priors = {"mean_prior": 0.0, "mean_precision_prior": 1.0, "covariance_prior": 1.0, "degrees_of_freedom_prior": 3.0}
+    options = {"weight_concentration_prior": 2.0, "cem": True, "reg_covar_relative": True, **priors}
+    gmm, x = layer(dtype=torch.float32, **options), rows(30)
+    with NoHostReads():
+        gmm.em_step(x, torch.ones(30), step_size, log_prior=torch.zeros(30, 3))
+
+
 def test_the_guard_against_host_reads_sees_them():
     reads = (torch.Tensor.item, bool, torch.Tensor.nonzero, torch.Tensor.unique)
     for read in (*reads, lambda t: t[t > 0], lambda t: torch.equal(t, t), lambda t: torch.allclose(t, t)):

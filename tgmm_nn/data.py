@@ -17,8 +17,8 @@ from tgmm_nn.statistics import Statistics, accumulator_dtype, hard_statistics, w
 
 __all__ = ["Candidates", "Rows", "Survey", "is_stream", "survey", "untouched_generators"]
 
-# Rows that are looked at, moved and widened at once where all of them lie in memory.
-BATCH = 65_536
+# Numbers that are looked at and widened at once where all rows lie in memory.
+BATCH = 2**22
 
 Batch = tuple[Tensor, Tensor | None]
 
@@ -75,8 +75,9 @@ class Rows:
             yield (_checked(rows, weight) for rows, weight in batches)
 
     def _in_memory(self) -> Iterator[Batch]:
-        parts = self.x.split(BATCH)
-        weights = [None] * len(parts) if self.sample_weight is None else self.sample_weight.split(BATCH)
+        size = max(1, BATCH // self.n_features)
+        parts = self.x.split(size)
+        weights = [None] * len(parts) if self.sample_weight is None else self.sample_weight.split(size)
         for rows, weight in zip(parts, weights, strict=True):
             yield self._widened(rows), weight
 
@@ -147,9 +148,11 @@ class Candidates(NamedTuple):
         totals = self.weights.new_zeros(len(hashes)).index_add_(0, which, self.weights)
         return Candidates(self.rows[first[:size]], totals[:size])
 
-    def union(self, other: Candidates) -> Candidates:
-        """Return the rows of both."""
-        return Candidates(torch.cat([self.rows, other.rows]), torch.cat([self.weights, other.weights]))
+    @classmethod
+    def union(cls, parts: Iterable[Candidates]) -> Candidates:
+        """Return the rows of all parts."""
+        rows, weights = zip(*parts, strict=True)
+        return cls(torch.cat(rows), torch.cat(weights))
 
     def sorted(self) -> Candidates:
         """Return them in ascending order, so that a seeded choice does not depend on how they arrived."""
@@ -182,7 +185,7 @@ def survey(data: Rows, size: int, minimum: int) -> Survey:
     Raises:
         ValueError: If there are too few rows, or if rows or weights are not finite, too large or negative.
     """
-    n_rows, sums, candidates = 0, list[Statistics](), list[Candidates]()
+    n_rows, sums, pending = 0, list[Statistics](), list[Candidates]()
     with data.checked_batches() as batches:
         for rows, weight in batches:
             if not len(rows):
@@ -191,14 +194,15 @@ def survey(data: Rows, size: int, minimum: int) -> Survey:
             n_rows += len(rows)
             labels = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
             sums.append(hard_statistics(rows, labels, rows[:1], Diagonal(), weight))
-            candidates.append(Candidates(rows + 0.0, weight))  # minus zero is zero
-            # One entry each: memory stays bounded by a batch.
-            sums, candidates = [reduce(Statistics.merge, sums)], [reduce(Candidates.union, candidates).smallest(size)]
+            sums = [reduce(Statistics.merge, sums)]
+            pending.append(Candidates(rows + 0.0, weight))  # minus zero is zero
+            if sum(len(candidates.rows) for candidates in pending) > 2 * size:  # not each time: batches may be small
+                pending = [Candidates.union(pending).smallest(size)]
     if n_rows < minimum:
         of_weight = "" if data.sample_weight is None else " of positive weight"
         raise ValueError(f"Expected `x` with at least n_components={minimum} rows{of_weight}, but got {n_rows}.")
     variance = scatter(sums[0], Diagonal())[0] / sums[0].weight()
-    found = candidates[0].sorted()
+    found = Candidates.union(pending).smallest(size).sorted()
     return Survey(variance.clamp(min=0.0).sqrt(), found.rows.dtype, found)
 
 
