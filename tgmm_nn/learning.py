@@ -291,7 +291,8 @@ class MixtureEM(MixtureState):
         for _ in range(n_starts):
             with full_precision(self.means_.device):
                 sums = start.statistics(found.candidates, self.covariance, self.n_components, n_init, generator)
-                yield functional.maximize(sums, self._fresh(), self.covariance, *ridge), sums
+                parameters = functional.maximize(sums, self._fresh(), self.covariance, *ridge)
+            yield parameters, sums
 
     def _seed(self) -> int:
         return torch.initial_seed() if self.random_state is None else self.random_state

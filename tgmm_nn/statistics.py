@@ -202,7 +202,7 @@ def hard_statistics(
     """
     weight = x.new_ones(len(x)) if sample_weight is None else sample_weight.to(x.dtype)
     width = len(covariance.features(x[:1].mT))  # of the products of a row, d (d + 1) / 2 for full matrices
-    size = min(4096, max(16, 2**21 // width))
+    size = min(4096, max(256, 2**21 // width))
     chunks = zip(x.split(size), labels.split(size), weight.split(size), strict=True)
     return reduce(Statistics.merge, (_hard_chunk(rows, k, w, origin, covariance) for rows, k, w in chunks))
 
