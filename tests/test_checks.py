@@ -95,10 +95,12 @@ def test_choices_are_listed():
         checks.check_choice("c", 3, ("a", "b"))
 
 
-@pytest.mark.parametrize("value", [torch.bfloat16, torch.int64, "float32", float])
+@pytest.mark.parametrize("value", [torch.bfloat16, torch.int64, "float16", float])
 def test_dtypes_other_than_the_two_wide_ones_are_refused(value):
-    for right in (None, torch.float32, torch.float64):
-        checks.check_dtype("dtype", right)
+    for right in (torch.float32, torch.float64):
+        for written in (right, str(right), str(right).removeprefix("torch.")):
+            assert checks.check_dtype("dtype", written) is right
+    assert checks.check_dtype("dtype", None) is None
     with refuses(ValueError, f"Expected `dtype` to be torch.float32, torch.float64 or None, but got {value!r}."):
         checks.check_dtype("dtype", value)
 
@@ -124,6 +126,7 @@ def test_rows_of_real_numbers_and_the_right_width_pass(shape, dtype):
     [
         (X.cfloat(), TypeError, "Expected `x` to hold real numbers, but got torch.complex64."),
         (X.bool(), TypeError, "Expected `x` to hold real numbers, but got torch.bool."),
+        (X.to_sparse(), TypeError, "Expected `x` to be dense, but got torch.sparse_coo; convert it by x.to_dense()."),
         (X.mT, ValueError, "Expected `x` of shape (..., 2) for a mixture of 2 features, but got (2, 4)."),
         (X[:, :1], ValueError, "Expected `x` of shape (..., 2) for a mixture of 2 features, but got (4, 1)."),
         (X[0, 0], ValueError, "Expected `x` of shape (..., 2) for a mixture of 2 features, but got ()."),
@@ -218,7 +221,8 @@ NO_ARRAY = "Expected `a` to be a tensor, array, list or number that holds real n
         ("ab", TypeError, NO_ARRAY + "'ab' (str)."),
         (None, TypeError, NO_ARRAY + "None (NoneType)."),
         ({"a": 1}, TypeError, NO_ARRAY + "{'a': 1} (dict)."),
-        ([[1.0], [1.0, 2.0]], TypeError, NO_ARRAY + "[[1.0], [1.0, 2.0]] (list)."),
+        ([[1.0], [1.0, 2.0]], TypeError, NO_ARRAY + "[[1.0], [1.0, 2.0]] (list); its rows differ in length."),
+        (np.ma.masked_array([1.0, 2.0], [True, False]), TypeError, NO_ARRAY + "masked_array("),
         (["a"], TypeError, NO_ARRAY + "['a'] (list)."),
         (True, TypeError, NO_ARRAY + "True (bool)."),
         (np.array([1j]), TypeError, NO_ARRAY + "array([0.+1.j]) (ndarray of dtype complex128)."),
@@ -238,7 +242,7 @@ def test_weights_are_a_distribution_up_to_rounding_of_what_was_typed():
         checks.check_weights("w", torch.tensor(weights))
     with refuses(ValueError, "Expected `w` to be non-negative and to sum to 1, but they sum to 0.9."):
         checks.check_weights("w", torch.tensor([0.5, 0.4]))
-    with refuses(ValueError, "Expected `w` to be non-negative and to sum to 1, but they sum to 1."):
+    with refuses(ValueError, "Expected `w` to be non-negative and to sum to 1, but the smallest is -0.5."):
         checks.check_weights("w", torch.tensor([1.5, -0.5]))
 
 

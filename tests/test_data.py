@@ -126,17 +126,17 @@ def test_more_rows_than_are_looked_at_at_once_are_all_looked_at(generator):
 def test_integer_weights_are_repeated_rows_in_everything(layer, x, generator):
     times = torch.randint(0, 4, (140,), generator=generator)
     repeated = x.repeat_interleave(times, 0)
-    one, other = layer().fit(x, times), layer().fit(repeated)
+    one, other = layer().fit(x, sample_weight=times), layer().fit(repeated)
     assert one.n_iter_ == other.n_iter_
     assert_near(parameters_of(one), parameters_of(other), 1e-11)
     for method in ("score", "bic", "aic", "icl"):
-        assert getattr(one, method)(x, times) == pytest.approx(getattr(one, method)(repeated), rel=1e-13)
+        assert getattr(one, method)(x, sample_weight=times) == pytest.approx(getattr(one, method)(repeated), rel=1e-13)
     assert one.lower_bound_ == pytest.approx(one.score(repeated), rel=1e-12)
 
 
 def test_weights_of_another_scale_move_nothing_without_priors(layer, x, generator):
     weights = torch.rand(140, generator=generator)
-    one, other = layer().fit(x, weights), layer().fit(x, (1e-3 * weights).numpy())
+    one, other = (layer().fit(x, sample_weight=w) for w in (weights, (1e-3 * weights).numpy()))
     assert_near(parameters_of(one), parameters_of(other), 1e-6)
 
 
@@ -162,7 +162,19 @@ def test_weights_of_another_scale_move_nothing_without_priors(layer, x, generato
 def test_bad_weights_raise_and_change_nothing(method, weight, error, message, x, generator):
     gmm = random_layer("full", generator)
     with unchanged(gmm), pytest.raises(error, match=message):
-        getattr(gmm, method)(x, weight)
+        getattr(gmm, method)(x, sample_weight=weight)
+
+
+@pytest.mark.parametrize("weight", [1e-50, 1e37, 1e200])
+@pytest.mark.parametrize("init_means", ["kmeans", "random"])
+def test_weights_out_of_the_range_of_the_rows_are_refused(weight, init_means, x):
+    gmm = GaussianMixture(3, 2, init_means=init_means)
+    weights = torch.full((140,), weight, dtype=torch.float64)
+    with unchanged(gmm), pytest.raises(ValueError, match=r"`sample_weight` in the range of torch\.float32, but got"):
+        gmm.fit(x.float(), sample_weight=weights)
+    if weight != 1e200:
+        wide = GaussianMixture(3, 2, init_means=init_means, dtype=torch.float64, max_iter=500)
+        assert wide.fit(x, sample_weight=weights).converged_
 
 
 # ---------------------------------------------------------------------------------------------------- streams
@@ -202,9 +214,9 @@ def test_any_stream_of_batches_will_do(stream, x):
 def test_weights_come_from_the_batches_of_a_stream(layer, x, generator):
     weights = torch.rand(140, generator=generator).double()
     loader = DataLoader(TensorDataset(x, torch.zeros(140), weights), 32, shuffle=True)
-    one, other = layer().fit(loader, sample_weight=2), layer().fit(x, weights)
+    one, other = layer().fit(loader, sample_weight=2), layer().fit(x, sample_weight=weights)
     assert_near(parameters_of(one), parameters_of(other), 1e-11)
-    assert one.score(loader, 2) == pytest.approx(one.score(x, weights), rel=1e-13)
+    assert one.score(loader, sample_weight=2) == pytest.approx(one.score(x, sample_weight=weights), rel=1e-13)
 
 
 def test_iterating_a_loader_advances_no_generator(x):
@@ -258,14 +270,21 @@ def test_what_needs_rows_at_hand_says_so(x, generator):
             TypeError, match="Expected `x` as rows, but got DataLoader; call fit, then predict batch by b"
         ):
             gmm.fit_predict(loader)
-        with pytest.raises(TypeError, match=r"`x` to be a tensor, array, list or number .*, but got .*DataLoader"):
-            gmm.predict(loader)
-        with pytest.raises(TypeError, match="`sample_weight` to be an integer or None, but got tensor"):
-            gmm.fit(loader, torch.ones(140))
+        for method in (gmm.predict, gmm.predict_proba, gmm, gmm.em_step):
+            with pytest.raises(
+                TypeError, match="Expected `x` as rows, but got DataLoader; take its batches one by one"
+            ):
+                method(loader)
+        with pytest.raises(TypeError, match=r"`x` to be a tensor, array, list or number .*, but got {'x': .* \(dict\)"):
+            gmm.fit({"x": x})
+        with pytest.raises(
+            TypeError, match="`sample_weight` to be the index of the weights in the batches of DataLoader, but got T"
+        ):
+            gmm.fit(loader, sample_weight=torch.ones(140))
         with pytest.raises(ValueError, match="weights at index sample_weight=2, but got 2 elements"):
-            gmm.fit(loader, 2)
+            gmm.fit(loader, sample_weight=2)
         with pytest.raises(ValueError, match="weights at index sample_weight=1, but got no elements"):
-            gmm.fit(DataLoader(x, 8), 1)
+            gmm.fit(DataLoader(x, 8), sample_weight=1)
         with pytest.raises(ValueError, match="`log_prior` only with rows, but got it with a stream"):
             gmm.statistics(loader, log_prior=torch.zeros(140, 3))
     with pytest.raises(ValueError, match="`x` to give at least one batch of rows, but it gave none"):
@@ -325,8 +344,10 @@ def test_the_scale_of_a_survey_is_the_weighted_standard_deviation(generator):
     )
     mean = (weights[:, None] * x).sum(0) / weights.sum()
     expected = ((weights[:, None] * (x - mean).square()).sum(0) / weights.sum()).sqrt()
-    assert_near(looked_at(x, 10, weights=weights).scale, expected, 1e-9)
-    assert_near(looked_at(x, 10, 7).scale, x.std(0, correction=0), 1e-9)
+    assert_near(looked_at(x, 10, weights=weights).scale(mean), expected, 1e-9)
+    assert_near(looked_at(x, 10, 7).scale(x.mean(0)), x.std(0, correction=0), 1e-9)
+    shifted = (x.std(0, correction=0).square() + 9.0).sqrt()
+    assert_near(looked_at(x, 10, 7).scale(x.mean(0) + 3.0), shifted, 1e-9)
 
 
 @pytest.mark.slow

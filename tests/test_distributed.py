@@ -56,11 +56,15 @@ def steps(layer, parts):
     return {"values": torch.stack(values), **dict(gmm.named_buffers())}
 
 
+PRIORS = {"mean_prior": 1.0, "mean_precision_prior": 3.0, "covariance_prior": 2.0, "degrees_of_freedom_prior": 4.0}
+
+
 @FORK_IS_WANTED
-def test_em_step_on_two_ranks_is_em_step_on_all_rows(family, generator, tmp_path):
-    """Ranks hold uneven shares, one of them nothing in the last step."""
+@pytest.mark.parametrize("options", [{}, {"weight_concentration_prior": 2.0, **PRIORS}, {"cem": True}], ids=len)
+def test_em_step_on_two_ranks_is_em_step_on_all_rows(family, options, generator, tmp_path):
+    """Ranks hold uneven shares, one of them nothing in the last step; priors enter once, not once for each rank."""
     mixture_seed = generator.get_state()
-    layer = lambda: random_layer(family, torch.Generator().set_state(mixture_seed))  # noqa: E731
+    layer = lambda: random_layer(family, torch.Generator().set_state(mixture_seed), **options)  # noqa: E731
     x = rows(torch.Generator().manual_seed(1))
     whole = [x, x[:20], x[20:]]
     parts = ([x[:13], x[:2], x[20:]], [x[13:], x[2:20], x[:0]])

@@ -75,11 +75,11 @@ def test_criteria_are_their_formulas(family, weighted, x, generator):
     log_likelihood = (weight * log_joint.logsumexp(-1)).sum().item()
     entropy = -(weight * log_joint.log_softmax(-1).amax(-1)).sum().item()
     n, p = weight.sum().item(), gmm.n_parameters
-    arguments = (x, weight) if weighted else (x,)
-    assert gmm.score(*arguments) == pytest.approx(log_likelihood / n, rel=1e-12)
-    assert gmm.bic(*arguments) == pytest.approx(-2 * log_likelihood + p * math.log(n), rel=1e-12)
-    assert gmm.aic(*arguments) == pytest.approx(-2 * log_likelihood + 2 * p, rel=1e-12)
-    assert gmm.icl(*arguments) == pytest.approx(gmm.bic(*arguments) + 2 * entropy, rel=1e-12)
+    arguments = {"sample_weight": weight} if weighted else {}
+    assert gmm.score(x, **arguments) == pytest.approx(log_likelihood / n, rel=1e-12)
+    assert gmm.bic(x, **arguments) == pytest.approx(-2 * log_likelihood + p * math.log(n), rel=1e-12)
+    assert gmm.aic(x, **arguments) == pytest.approx(-2 * log_likelihood + 2 * p, rel=1e-12)
+    assert gmm.icl(x, **arguments) == pytest.approx(gmm.bic(x, **arguments) + 2 * entropy, rel=1e-12)
 
 
 def test_bic_finds_the_number_of_components(generator):

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import random
+import re
 import subprocess
 import sys
 from functools import partial
@@ -17,7 +18,7 @@ from sklearn.mixture import GaussianMixture as SklearnGaussianMixture
 from tgmm_nn import GaussianMixture, learning
 
 SKLEARN = {"full": "full", "diag": "diag", "spherical": "spherical", "tied_full": "tied"}
-TO_THE_END = pytest.mark.filterwarnings("ignore:EM did not converge:UserWarning")
+TO_THE_END = pytest.mark.filterwarnings("ignore:EM did not converge|The means are so far:UserWarning")
 
 
 @pytest.fixture
@@ -373,14 +374,15 @@ def test_verbose_prints_every_interval_and_the_last(clusters, capsys):
     assert [line.split(",")[0] for line in lines] == [f"EM: iteration {n}" for n in (0, 3, 6, 7)]
     assert lines[0] == f"EM: iteration 0, objective {gmm.history_[0]:.6f} nats per row"
     change = gmm.history_[7] - gmm.history_[6]
-    assert lines[-1] == f"EM: iteration 7, objective {gmm.history_[7]:.6f} nats per row, change {change:+.2e}"
+    assert lines[-1] == f"EM: iteration 7, objective {gmm.history_[7]:.6f} nats per row, change {change:+.2e}, stopped"
 
 
 @TO_THE_END
 def test_verbose_names_the_start_where_there_are_several(clusters, capsys):
     GaussianMixture(3, 2, verbose=True, n_init=2, max_iter=1, tol=0.0).fit(clusters)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["EM, start 1 of 2"] * 2 + ["EM, start 2 of 2"] * 2
+    assert [line.split(":")[0] for line in lines] == ["EM, start 1 of 2"] * 2 + ["EM, start 2 of 2"] * 2 + ["EM"]
+    assert re.fullmatch(r"EM: kept start [12] of 2, objective .* nats per row", lines[-1])
 
 
 def test_a_fit_is_silent_unless_asked(clusters, capsys):
@@ -451,3 +453,93 @@ def test_priors_add_nothing_to_the_relative_ridge(family, clusters, generator):
     got = ridged.covariance_matrices() - plain.covariance_matrices()
     expected = 0.5 * clusters.var(0, correction=0).mean() * torch.eye(2).double()
     assert_near(got, expected.expand(3, 2, 2), 1e-9)
+
+
+# ------------------------------------------------------------------------------------- the limits of a dtype
+
+
+@pytest.mark.parametrize("covariance_type", ["full", "diag", "spherical", "tied_full", "tied_diag", "tied_spherical"])
+def test_a_dead_component_far_away_costs_no_digits(covariance_type):
+    """A prior keeps its weight, and with it the mixture's mean, about which moments are taken, far from all rows."""
+    generator = torch.Generator().manual_seed(0)
+    x, means = torch.randn(2000, 4, generator=generator), torch.randn(6, 4, generator=generator)
+    means[0] = 1e5
+    options = {"init_means": means, "init_covariances": "eye", "weight_concentration_prior": 50.0, "max_iter": 300}
+    fits = [
+        GaussianMixture(6, 4, covariance_type, dtype=t, **options).fit(x.to(t)) for t in (torch.float32, torch.float64)
+    ]
+    assert (np.diff(fits[0].history_) > -2e-4).all()
+    # The origin of the moments is some 4e3 away, where float32 resolves 5e-4.
+    assert fits[0].score(x.double()) == pytest.approx(fits[1].score(x.double()), abs=2e-2)
+    assert fits[0].lower_bound_ == pytest.approx(fits[0].score(x.double()), abs=2e-2)
+
+
+def test_means_that_the_dtype_rounds_away_are_said(clusters):
+    """The rows are in float64, the layer in float32: a warning, and none where the layer is wide enough."""
+    x = clusters + 1e8
+    with pytest.warns(
+        UserWarning, match=r"so far from zero that torch\.float32 rounds them by up to .* standard deviations"
+    ):
+        GaussianMixture(3, 2, random_state=0, max_iter=500).fit(x)
+    gmm = GaussianMixture(3, 2, random_state=0, max_iter=500, dtype=torch.float64).fit(x)
+    assert gmm.lower_bound_ == pytest.approx(gmm.score(x), abs=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e45, 1e-45])
+def test_parameters_out_of_the_range_of_the_layer_raise_and_change_nothing(family, scale, clusters):
+    gmm = GaussianMixture(3, 2, family, reg_covar=0.0, max_iter=500)
+    message = r"Expected `x` in the range of torch\.float32, but the mixture is not finite in it; rescale the features"
+    for method in (gmm.fit, gmm.initialize):
+        with unchanged(gmm), pytest.raises(ValueError, match=message):
+            method(clusters * scale)
+    wide = GaussianMixture(3, 2, family, reg_covar=0.0, max_iter=500, dtype=torch.float64).fit(clusters * scale)
+    assert np.isfinite(wide.score(clusters * scale))
+
+
+@pytest.mark.parametrize(("mean", "variance"), [(1e300, 1.0), (0.0, 1e-90), (0.0, 1e300)])
+def test_given_parameters_out_of_the_range_of_the_layer_raise_and_change_nothing(family, mean, variance):
+    gmm = GaussianMixture(1, 1, family)
+    covariance = torch.full(gmm.covariances_.shape, variance, dtype=torch.float64)
+    with (
+        unchanged(gmm),
+        pytest.raises(ValueError, match=r"Expected `means` and `covariances` in the range of torch.float32"),
+    ):
+        gmm.set_parameters([1.0], [[mean]], covariance)
+
+
+@TO_THE_END
+@pytest.mark.parametrize("cem", [False, True])
+@pytest.mark.parametrize("seed", range(8))
+def test_the_objective_does_not_fall_where_a_component_has_too_few_rows(cem, seed):
+    """Rounding may make a singular covariance look positive in one step and not in the next."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.cat([torch.randn(40, 3, generator=generator), torch.randn(3, 3, generator=generator) + 20]).double()
+    gmm = GaussianMixture(2, 3, cem=cem, reg_covar=0.0, dtype=torch.float64, random_state=0, max_iter=200).fit(x)
+    assert (np.diff(gmm.history_) > -1e-6).all()
+
+
+def test_an_objective_that_fell_says_what_to_do(clusters, monkeypatch):
+    fit_from = learning.fit_from
+    fallen = lambda *args: (fit := fit_from(*args))._replace(history=[*fit.history, -99.0], converged=False)  # noqa: E731
+    monkeypatch.setattr(learning, "fit_from", fallen)
+    with pytest.warns(UserWarning, match="it fell: raise `reg_covar`"):
+        GaussianMixture(3, 2, max_iter=500).fit(clusters)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "error"),
+    [("max_iter", "a", TypeError), ("tol", -1.0, ValueError), ("cem", 1, TypeError), ("verbose", "no", TypeError)],
+)
+@pytest.mark.parametrize("method", ["fit", "initialize"])
+def test_options_that_were_changed_are_checked_again(option, value, error, method, clusters):
+    gmm = GaussianMixture(3, 2)
+    setattr(gmm, option, value)
+    with unchanged(gmm), pytest.raises(error, match=f"`{option}`"):
+        getattr(gmm, method)(clusters)
+
+
+@pytest.mark.parametrize("name", ["n_components", "n_features", "covariance_type"])
+def test_what_shapes_the_layer_cannot_be_changed(name):
+    gmm = GaussianMixture(3, 2)
+    with pytest.raises(AttributeError):
+        setattr(gmm, name, getattr(gmm, name))

@@ -378,7 +378,7 @@ def test_covariance_matrices_write_every_family_as_matrices_of_each_component(la
     ("position", "bad", "error", "message"),
     [
         (0, [0.5, 0.5, 0.0], ValueError, r"`weights` of shape \(2,\), but got \(3,\)"),
-        (0, [1.5, -0.5], ValueError, "`weights` to be non-negative and to sum to 1, but they sum to 1"),
+        (0, [1.5, -0.5], ValueError, "`weights` to be non-negative and to sum to 1, but the smallest is -0.5"),
         (0, [0.5, 0.4], ValueError, "`weights` to be non-negative and to sum to 1, but they sum to 0.9"),
         (0, [torch.nan, 0.4], ValueError, "`weights` to be finite, but it holds nan or infinity"),
         (

@@ -16,6 +16,7 @@ __all__ = [
     "check_array",
     "check_bool",
     "check_choice",
+    "check_device",
     "check_dtype",
     "check_integer",
     "check_log_prior",
@@ -48,7 +49,9 @@ def check_integer(
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         alternative = " or None" if optional else ""
-        raise TypeError(f"Expected `{name}` to be an integer{alternative}, but got {value!r} ({type(value).__name__}).")
+        raise TypeError(
+            f"Expected `{name}` to be an integer{alternative}, but got {_shown(value)} ({type(value).__name__})."
+        )
     if value < minimum:
         raise ValueError(f"Expected `{name}` to be at least {minimum}, but got {value}.")
     if maximum is not None and int(value) > maximum:
@@ -96,10 +99,31 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
         raise ValueError(f"Expected `{name}` to be one of {', '.join(map(repr, choices))}, but got {value!r}.")
 
 
-def check_dtype(name: str, value: Any) -> None:
-    """Raise unless ``value`` is None, float32 or float64: a narrower mixture has no Cholesky factor worth its name."""
-    if value is not None and value not in (torch.float32, torch.float64):
+def check_dtype(name: str, value: Any) -> torch.dtype | None:
+    """Return ``value`` as float32 or float64, also from its name, or None; raise where it is anything else.
+
+    A narrower mixture has no Cholesky factor worth its name.
+    """
+    for dtype in (torch.float32, torch.float64):
+        if value in (dtype, str(dtype), str(dtype).removeprefix("torch.")):
+            return dtype
+    if value is not None:
         raise ValueError(f"Expected `{name}` to be torch.float32, torch.float64 or None, but got {value!r}.")
+    return None
+
+
+def check_device(name: str, value: Any) -> torch.device | None:
+    """Return ``value`` as a device, or None; raise where it names none."""
+    if value is None:
+        return None
+    try:
+        if isinstance(value, (bool, float)):
+            raise TypeError
+        return torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"Expected `{name}` to be a device such as 'cpu' or 'cuda:0', or None, but got {value!r}."
+        ) from error
 
 
 def check_symmetric(name: str, value: Tensor, *, matrix: bool) -> None:
@@ -112,10 +136,13 @@ def check_rows(name: str, x: Tensor, n_features: int) -> None:
     """Raise unless ``x`` is a real tensor of shape ``(..., n_features)``."""
     if x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"Expected `{name}` to hold real numbers, but got {x.dtype}.")
+    if x.layout != torch.strided:
+        raise TypeError(f"Expected `{name}` to be dense, but got {x.layout}; convert it by x.to_dense().")
     if x.ndim == 0 or x.shape[-1] != n_features:
+        hint = "; write one feature as x[:, None]" if n_features == x.ndim == 1 else ""
         raise ValueError(
             f"Expected `{name}` of shape (..., {n_features}) for a mixture of {n_features} features, "
-            f"but got {tuple(x.shape)}."
+            f"but got {tuple(x.shape)}{hint}."
         )
 
 
@@ -169,6 +196,8 @@ def to_tensor(name: str, value: Any, dtype: torch.dtype) -> Tensor:
     try:
         if not isinstance(value, (list, tuple, numbers.Real)) and not hasattr(value, "__array__"):
             raise TypeError
+        if isinstance(value, np.ma.MaskedArray):
+            raise TypeError
         array = np.asarray(value)
         if array.dtype.kind not in "fiu":
             raise TypeError
@@ -179,9 +208,10 @@ def to_tensor(name: str, value: Any, dtype: torch.dtype) -> Tensor:
             tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=wide).reshape(array.shape))
     except (TypeError, ValueError, RuntimeError) as error:
         kind = f" of dtype {value.dtype}" if isinstance(value, np.ndarray) else ""
+        ragged = "; its rows differ in length" if "inhomogeneous" in str(error) else ""
         raise TypeError(
             f"Expected `{name}` to be a tensor, array, list or number that holds real numbers, "
-            f"but got {_shown(value)} ({type(value).__name__}{kind})."
+            f"but got {_shown(value)} ({type(value).__name__}{kind}){ragged}."
         ) from error
     return tensor if hasattr(value, "__array__") else tensor.to(dtype)
 
@@ -213,9 +243,10 @@ def _shown(value: Any) -> str:
 
 def check_weights(name: str, weights: Tensor) -> None:
     """Raise unless ``weights`` are non-negative and sum to one (to 1e-3, so that rounded numbers pass)."""
-    total = float(weights.sum(dtype=torch.float32))
-    if bool((weights < 0).any()) or abs(total - 1.0) > 1e-3:
-        raise ValueError(f"Expected `{name}` to be non-negative and to sum to 1, but they sum to {total:.6g}.")
+    total, smallest = float(weights.sum(dtype=torch.float32)), float(weights.min())
+    if smallest < 0 or abs(total - 1.0) > 1e-3:
+        came = f"the smallest is {smallest:.6g}" if smallest < 0 else f"they sum to {total:.6g}"
+        raise ValueError(f"Expected `{name}` to be non-negative and to sum to 1, but {came}.")
 
 
 def check_step_size(step_size: Any) -> None:

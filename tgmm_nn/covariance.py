@@ -168,7 +168,7 @@ class Covariance(ABC):
         shapes = dict.fromkeys((public, self.shape(n_features), ()) if broadcast else (public,))
         tensor = checks.check_array(name, value, like, *shapes)
         if tensor.ndim == 0:
-            elements = tensor * self.identity(n_components, n_features).to(tensor)
+            elements = tensor * self.identity(n_components, n_features, tensor)
         else:
             elements = tensor.expand(self.leading(n_components), *self.shape(n_features)).clone()
         checks.check_symmetric(name, elements, matrix=len(self.shape(n_features)) == 2)
@@ -181,10 +181,10 @@ class Covariance(ABC):
         """Return the shape of ``covariances_``."""
         return self.shape(n_features) if self.tied else (n_components, *self.shape(n_features))
 
-    def identity(self, n_components: int, n_features: int) -> Tensor:
-        """Return unit covariances (or their factors), in the default dtype."""
-        zeros = torch.zeros(self.leading(n_components), *self.shape(n_features))
-        return self.add_to_diagonal(zeros, 1.0)
+    def identity(self, n_components: int, n_features: int, like: Tensor | None = None) -> Tensor:
+        """Return unit covariances (or their factors), in the dtype and on the device of ``like``, or the default."""
+        shape = (self.leading(n_components), *self.shape(n_features))
+        return self.add_to_diagonal(torch.zeros(shape) if like is None else like.new_zeros(shape), 1.0)
 
     def lift(self, covariance: Tensor) -> Tensor:
         """Return covariances lifted on the diagonal by a small fraction of their mean variance."""
@@ -219,7 +219,11 @@ class Full(Covariance):
         return element
 
     def is_positive(self, covariance: Tensor) -> Tensor:
-        return torch.linalg.cholesky_ex(covariance).info == 0
+        lower, info = torch.linalg.cholesky_ex(covariance)
+        # What is left of a variance given the features before it may be rounding alone, where rows lie in a plane.
+        pivots, variances = lower.diagonal(dim1=-2, dim2=-1).square(), covariance.diagonal(dim1=-2, dim2=-1)
+        noise = 10 * covariance.shape[-1] * torch.finfo(covariance.dtype).eps
+        return (info == 0) & (pivots > noise * variances).all(-1)
 
     def factor(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
         lower, info = torch.linalg.cholesky_ex(covariance)
@@ -281,7 +285,23 @@ class Full(Covariance):
         return i, j
 
 
-class Diagonal(Covariance):
+class Uncorrelated(Covariance):
+    """Diagonal and spherical matrices: their elements are variances, and features tell nothing of each other."""
+
+    def root(self, factor: Tensor) -> Tensor:
+        return factor.reciprocal()
+
+    def square(self, factor: Tensor) -> Tensor:
+        return factor.square()
+
+    def congruence(self, root: Tensor, second: Tensor) -> Tensor:
+        return root.square() * second
+
+    def condition(self, covariance: Tensor, given: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+        return covariance.new_zeros(len(covariance), len(rest), len(given)), self.block(covariance, rest)
+
+
+class Diagonal(Uncorrelated):
     """A diagonal matrix; the element is its diagonal, the factor one over the standard deviations."""
 
     def shape(self, n_features: int) -> tuple[int, ...]:
@@ -309,17 +329,8 @@ class Diagonal(Covariance):
         factor = covariance.rsqrt()
         return factor, torch.isfinite(factor).all(-1)
 
-    def root(self, factor: Tensor) -> Tensor:
-        return factor.reciprocal()
-
-    def square(self, factor: Tensor) -> Tensor:
-        return factor.square()
-
     def apply(self, element: Tensor, rows: Tensor) -> Tensor:
         return element * rows
-
-    def congruence(self, root: Tensor, second: Tensor) -> Tensor:
-        return root.square() * second
 
     def log_det(self, factor: Tensor, n_features: int) -> Tensor:
         return factor.log().sum(-1)
@@ -329,9 +340,6 @@ class Diagonal(Covariance):
 
     def block(self, element: Tensor, dims: Tensor) -> Tensor:
         return element[..., dims]
-
-    def condition(self, covariance: Tensor, given: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-        return covariance.new_zeros(len(covariance), len(rest), len(given)), self.block(covariance, rest)
 
     def whiten(self, x: Tensor, means: Tensor, factor: Tensor) -> Tensor:
         return (x - means.unsqueeze(-2)) * factor.unsqueeze(-2)
@@ -349,7 +357,7 @@ class Diagonal(Covariance):
         return features
 
 
-class Spherical(Covariance):
+class Spherical(Uncorrelated):
     """A multiple of the identity; the element is that number.
 
     It is the mean of the diagonal, so its maximiser is T / f as in the others.
@@ -380,17 +388,8 @@ class Spherical(Covariance):
         factor = covariance.rsqrt()
         return factor, torch.isfinite(factor)
 
-    def root(self, factor: Tensor) -> Tensor:
-        return factor.reciprocal()
-
-    def square(self, factor: Tensor) -> Tensor:
-        return factor.square()
-
     def apply(self, element: Tensor, rows: Tensor) -> Tensor:
         return element.unsqueeze(-1) * rows
-
-    def congruence(self, root: Tensor, second: Tensor) -> Tensor:
-        return root.square() * second
 
     def log_det(self, factor: Tensor, n_features: int) -> Tensor:
         return n_features * factor.log()
@@ -400,9 +399,6 @@ class Spherical(Covariance):
 
     def block(self, element: Tensor, dims: Tensor) -> Tensor:
         return element
-
-    def condition(self, covariance: Tensor, given: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-        return covariance.new_zeros(len(covariance), len(rest), len(given)), covariance
 
     def whiten(self, x: Tensor, means: Tensor, factor: Tensor) -> Tensor:
         return (x - means.unsqueeze(-2)) * factor[:, None, None]

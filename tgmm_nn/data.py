@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import random
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import reduce
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +27,8 @@ Batch = tuple[Tensor, Tensor | None]
 
 def is_stream(x: Any) -> bool:
     """Return whether ``x`` gives batches of rows, as a ``DataLoader`` does, rather than being rows itself."""
-    return isinstance(x, Iterable) and not isinstance(x, (Tensor, list, tuple, str)) and not hasattr(x, "__array__")
+    rows = isinstance(x, (Tensor, list, tuple, str, Mapping)) or hasattr(x, "__array__")
+    return isinstance(x, Iterable) and not rows
 
 
 class Rows:
@@ -48,6 +51,11 @@ class Rows:
                     f"Expected `x` to be iterable more than once, but got {type(x).__name__}, which is used up by one "
                     "pass; give a DataLoader, a list of rows or a tensor."
                 )
+            if sample_weight is not None and not isinstance(sample_weight, int):
+                raise TypeError(
+                    f"Expected `sample_weight` to be the index of the weights in the batches of {type(x).__name__}, "
+                    f"but got {type(sample_weight).__name__}; its rows may come in any order."
+                )
             checks.check_integer("sample_weight", sample_weight, minimum=0, optional=True)
         else:
             x = checks.to_tensor("x", x, like.dtype).detach()
@@ -60,8 +68,8 @@ class Rows:
 
     @contextmanager
     def batches(self) -> Iterator[Iterator[Batch]]:
-        """Make one pass: batches of rows ``(n, d)`` and their weights ``(n,)``; random generators are left alone."""
-        with untouched_generators(getattr(self.x, "generator", None)) if self.streamed else nullcontext():
+        """Make one pass: batches of rows ``(n, d)`` and their weights ``(n,)``; random generators end as they began."""
+        with untouched_generators(self.x) if self.streamed else nullcontext():
             yield self._streamed() if self.streamed else self._in_memory()
 
     @contextmanager
@@ -164,14 +172,20 @@ class Survey(NamedTuple):
     """What a first pass finds in rows that can be fitted.
 
     Attributes:
-        scale: Standard deviation of each feature, shape ``(d,)``.
+        mean: Mean of each feature, shape ``(d,)``.
+        variance: Variance of each feature, shape ``(d,)``.
         dtype: Dtype of the rows as they are computed with.
         candidates: Rows from which EM may start.
     """
 
-    scale: Tensor
+    mean: Tensor
+    variance: Tensor
     dtype: torch.dtype
     candidates: Candidates
+
+    def scale(self, origin: Tensor) -> Tensor:
+        """Return the root mean square of each feature about a reference point, shape ``(d,)``."""
+        return (self.variance + (self.mean - origin).square()).sqrt()
 
 
 def survey(data: Rows, size: int, minimum: int) -> Survey:
@@ -201,9 +215,11 @@ def survey(data: Rows, size: int, minimum: int) -> Survey:
     if n_rows < minimum:
         of_weight = "" if data.sample_weight is None else " of positive weight"
         raise ValueError(f"Expected `x` with at least n_components={minimum} rows{of_weight}, but got {n_rows}.")
-    variance = scatter(sums[0], Diagonal())[0] / sums[0].weight()
+    weight = sums[0].weight()
+    mean = sums[0].origin[0].to(weight.dtype) + sums[0].first[0] / weight
+    variance = scatter(sums[0], Diagonal())[0] / weight
     found = Candidates.union(pending).smallest(size).sorted()
-    return Survey(variance.clamp(min=0.0).sqrt(), found.rows.dtype, found)
+    return Survey(mean, variance.clamp(min=0.0), found.rows.dtype, found)
 
 
 def _checked(rows: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -222,7 +238,14 @@ def _checked(rows: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
             f"Expected `sample_weight` to be finite and at least 0, but {bad} of {len(weight)} are negative, nan or "
             "infinite; give such rows the weight 0 or drop them."
         )
-    return rows[weight > 0], weight[weight > 0].to(wide)
+    rows, weight = rows[weight > 0], weight[weight > 0]
+    narrow = weight.to(rows.dtype)
+    if not bool((narrow > 0).all() & torch.isfinite(narrow.sum())):
+        raise ValueError(
+            f"Expected `sample_weight` in the range of {rows.dtype}, but got {float(weight.min()):.3g} to "
+            f"{float(weight.max()):.3g}; rescale them."
+        )
+    return rows, weight.to(wide)
 
 
 def _hashes(rows: Tensor) -> Tensor:
@@ -231,7 +254,7 @@ def _hashes(rows: Tensor) -> Tensor:
     for shift in (32, 16):  # the low bits of round numbers are zero, and a product moves bits only upwards
         bits = bits ^ (bits >> shift)
     generator = torch.Generator().manual_seed(0)
-    factors = 2 * torch.randint(2**62, (rows.shape[-1],), generator=generator).to(rows.device) + 1
+    factors = 2 * torch.randint(2**62, (rows.shape[-1],), generator=generator, device="cpu").to(rows.device) + 1
     mixed = (bits * factors).sum(-1)
     for shift in (31, 29):
         mixed = (mixed ^ (mixed >> shift)) * 0x2545F4914F6CDD1D
@@ -239,12 +262,21 @@ def _hashes(rows: Tensor) -> Tensor:
 
 
 @contextmanager
-def untouched_generators(own: torch.Generator | None = None) -> Iterator[None]:
-    """Leave torch's global generator, and a loader's own, as they were: iterating a ``DataLoader`` advances them."""
+def untouched_generators(stream: Any) -> Iterator[None]:
+    """Leave the global generators, and a loader's own, as they were.
+
+    Iterating a ``DataLoader`` advances torch's, and augmentation may advance any. With the same state before each pass
+    it also gives the same rows in each pass.
+    """
+    owners = (stream, getattr(stream, "sampler", None), getattr(stream, "batch_sampler", None))
+    found = [getattr(owner, "generator", None) for owner in owners]
+    own = [(generator, generator.get_state()) for generator in found if isinstance(generator, torch.Generator)]
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices=[]):
-        state = None if own is None else own.get_state()
         try:
             yield
         finally:
-            if own is not None and state is not None:
-                own.set_state(state)
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
+            for generator, state in own:
+                generator.set_state(state)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tgmm_nn import checks, functional
 from tgmm_nn.covariance import Covariance
-from tgmm_nn.data import Rows
+from tgmm_nn.data import Rows, is_stream
 from tgmm_nn.functional import Parameters
 from tgmm_nn.statistics import accumulator_dtype, wider_dtype
 
@@ -32,14 +32,22 @@ class MixtureDensity(nn.Module):
     device, and results are in float32, or in float64 where the rows or the mixture are.
     """
 
-    n_components: int
-    n_features: int
     covariance: Covariance
     chunk_size: int | None
 
     @abstractmethod
     def mixture(self) -> Parameters:
         """Return the parameters."""
+
+    @property
+    def n_components(self) -> int:
+        """Number of components K."""
+        return self.mixture().means.shape[0]
+
+    @property
+    def n_features(self) -> int:
+        """Number of features d."""
+        return self.mixture().means.shape[1]
 
     def forward(self, x: Any) -> Tensor:
         r"""Return the log-density :math:`\log p(x)` of each row, in nats.
@@ -77,17 +85,17 @@ class MixtureDensity(nn.Module):
         return self.log_responsibilities(x).exp()
 
     def predict(self, x: Any) -> Tensor:
-        """Return the most probable component of each row, shape ``(...)``, int64."""
+        """Return the most probable component of each row, shape ``(...)``, int64; 0 where a row is not finite."""
         return self._map_rows(lambda *args: functional.log_joint(*args).argmax(-1), x)
 
     @torch.no_grad()
-    def score(self, x: Any, sample_weight: Any = None) -> float:
-        """Return the mean log-density of the rows in nats; raise where one is not finite."""
+    def score(self, x: Any, *, sample_weight: Any = None) -> float:
+        """Return the mean log-density of the rows in nats; raise where a row is not finite."""
         total, weight = self._total(functional.log_density, x, sample_weight)
         return total / weight
 
     @torch.no_grad()
-    def bic(self, x: Any, sample_weight: Any = None) -> float:
+    def bic(self, x: Any, *, sample_weight: Any = None) -> float:
         r"""Return the Bayesian information criterion, :math:`-2 \log L + p \log n`; smaller is better.
 
         p is `n_parameters`, and n the total weight of the rows.
@@ -99,7 +107,7 @@ class MixtureDensity(nn.Module):
         return -2.0 * total + self.n_parameters * math.log(weight)
 
     @torch.no_grad()
-    def aic(self, x: Any, sample_weight: Any = None) -> float:
+    def aic(self, x: Any, *, sample_weight: Any = None) -> float:
         r"""Return Akaike's information criterion, :math:`-2 \log L + 2 p`; smaller is better.
 
         References:
@@ -108,7 +116,7 @@ class MixtureDensity(nn.Module):
         return -2.0 * self._total(functional.log_density, x, sample_weight)[0] + 2.0 * self.n_parameters
 
     @torch.no_grad()
-    def icl(self, x: Any, sample_weight: Any = None) -> float:
+    def icl(self, x: Any, *, sample_weight: Any = None) -> float:
         r"""Return the integrated completed likelihood criterion; smaller is better.
 
         .. math:: -2 \sum_n \max_k \log \pi_k N(x_n; \mu_k, \Sigma_k) + p \log n,
@@ -141,6 +149,8 @@ class MixtureDensity(nn.Module):
 
     def _checked(self, x: Any) -> Tensor:
         """Return ``x`` as a tensor ``(..., d)``, or raise."""
+        if not isinstance(x, Tensor) and is_stream(x):
+            raise TypeError(f"Expected `x` as rows, but got {type(x).__name__}; take its batches one by one.")
         x = checks.to_tensor("x", x, self.mixture().means.dtype)
         checks.check_rows("x", x, self.n_features)
         return x

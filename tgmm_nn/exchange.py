@@ -11,16 +11,6 @@ from tgmm_nn.functional import Parameters
 
 __all__ = ["options_of", "to_sklearn"]
 
-# Families that scikit-learn lacks are written as the smallest that contains them.
-TO_SKLEARN = {
-    "full": "full",
-    "diag": "diag",
-    "spherical": "spherical",
-    "tied_full": "tied",
-    "tied_diag": "tied",
-    "tied_spherical": "tied",
-}
-FROM_SKLEARN = {"full": "full", "diag": "diag", "spherical": "spherical", "tied": "tied_full"}
 STARTS = {"kmeans": "kmeans", "k-means++": "kpp", "random_from_data": "random"}
 
 
@@ -37,8 +27,9 @@ def options_of(fitted: Any) -> dict[str, Any]:
     return {
         "n_components": n_components,
         "n_features": n_features,
-        "covariance_type": FROM_SKLEARN[fitted.covariance_type],
-        "init_means": STARTS.get(fitted.init_params, "kmeans"),
+        "covariance_type": {"tied": "tied_full"}.get(fitted.covariance_type, fitted.covariance_type),
+        "init_means": STARTS.get(fitted.init_params, "kmeans") if fitted.means_init is None else fitted.means_init,
+        "init_weights": "uniform" if fitted.weights_init is None else fitted.weights_init,
         "n_init": fitted.n_init,
         "random_state": int(seed) if seed is not None and not hasattr(seed, "uniform") else None,
         "max_iter": fitted.max_iter,
@@ -67,11 +58,20 @@ def to_sklearn(
     from sklearn.mixture import GaussianMixture
 
     weights, means, factor = (parameter.cpu() for parameter in parameters)
+    starts = {ours: theirs for theirs, ours in STARTS.items()}
+    given = {name: options.pop(name) for name in ("init_means", "init_weights")}
+    options = {
+        **options,
+        "init_params": starts.get(given["init_means"], "kmeans") if isinstance(given["init_means"], str) else "kmeans",
+        "means_init": None if isinstance(given["init_means"], str) else given["init_means"].numpy(),
+        "weights_init": None if isinstance(given["init_weights"], str) else given["init_weights"].numpy(),
+    }
 
     def public(element: Tensor) -> Any:
         return (covariance.matrix(element, means.shape[-1])[0] if covariance.tied else element).numpy()
 
-    model = GaussianMixture(covariance_type=TO_SKLEARN[covariance_type], **options)
+    # Tied families that scikit-learn lacks are written as the one that contains them.
+    model = GaussianMixture(covariance_type="tied" if covariance.tied else covariance_type, **options)
     model.weights_, model.means_ = weights.numpy(), means.numpy()
     model.covariances_ = public(covariance.square(covariance.root(factor)))
     model.precisions_, model.precisions_cholesky_ = public(covariance.square(factor)), public(factor)

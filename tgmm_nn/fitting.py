@@ -78,9 +78,9 @@ class Fit(NamedTuple):
 
 
 class Report(Protocol):
-    """What is told after each E-step: how many M-steps came before it, and the objectives so far."""
+    """What is told after each E-step: how many M-steps came before it, the objectives so far, and how it ended."""
 
-    def __call__(self, n_iter: int, history: list[float], *, done: bool) -> None:
+    def __call__(self, n_iter: int, history: list[float], end: str) -> None:
         """Tell a user."""
 
 
@@ -123,30 +123,44 @@ def fit_from(start: Parameters, data: Rows, found: Survey, options: Options, rep
         options: What shapes the run.
         report: Is told after each E-step.
     """
-    parameters, history, covariance = start, list[float](), options.covariance
+    parameters, history, n_rows, covariance = start, list[float](), list[int](), options.covariance
     bound = torch.finfo(found.dtype).eps ** -0.5
     narrower = functional.moment_width(parameters, covariance) <= parameters.means.numel()
 
     def expect() -> Statistics:
         """Make an E-step, and write its objective down."""
-        moments = narrower and bool(functional.conditioning(found.scale, parameters, covariance) <= bound)
+        scale = found.scale(functional.mixture_mean(parameters))  # moments are taken about the mixture's mean
+        moments = narrower and bool(functional.conditioning(scale, parameters, covariance) <= bound)
         how: dict[str, Any] = {"hard": options.cem, "moments": moments, "chunk_size": options.chunk_size}
         sums = sum_over(data, parameters, covariance, **how)
+        if data.streamed:
+            _check_pass(sums, n_rows)
+            n_rows.append(int(sums.rows))
         climbed = sums.classification if options.cem else sums.log_likelihood
         log_prior = options.priors.log_density(*parameters, covariance)
         history.append(float((climbed + log_prior) / sums.weight()))
         return sums
 
     expected = expect()
-    report(0, history, done=False)
+    report(0, history, "")
     for n_iter in range(1, options.max_iter + 1):
         statistics, parameters = expected, options.maximize(expected, parameters)
         expected = expect()
         converged = abs(history[-1] - history[-2]) < options.tol
-        report(n_iter, history, done=converged or n_iter == options.max_iter)
+        report(n_iter, history, "converged" if converged else "stopped" if n_iter == options.max_iter else "")
         if converged:
             break
     return Fit(parameters, statistics, history, float(expected.mean_log_likelihood()), converged)
+
+
+def _check_pass(sums: Statistics, n_rows: list[int]) -> None:
+    """Raise unless a pass gave as many rows as those before it, all of them finite."""
+    if int(sums.skipped) or (n_rows and int(sums.rows) != n_rows[0]):
+        first = n_rows[0] if n_rows else int(sums.rows + sums.skipped)
+        raise ValueError(
+            f"Expected `x` to give the same finite rows in each pass, but after a pass of {first} rows one of "
+            f"{int(sums.rows)} followed, and {int(sums.skipped)} that are not finite."
+        )
 
 
 @contextmanager
@@ -158,16 +172,18 @@ def progress(verbose: bool | str, interval: int, max_iter: int, start: int, n_st
 
         with tqdm(total=max_iter, desc=name, unit="it") as bar:
 
-            def advance(n_iter: int, history: list[float], *, done: bool) -> None:
+            def advance(n_iter: int, history: list[float], end: str) -> None:
+                bar.total = n_iter if end else max_iter  # a fit that converges early is complete as well
                 bar.set_postfix(objective=f"{history[-1]:.6g}", refresh=False)
                 bar.update(n_iter - bar.n)
 
             yield advance
         return
 
-    def line(n_iter: int, history: list[float], *, done: bool) -> None:
-        if verbose and (done or n_iter % interval == 0):
+    def line(n_iter: int, history: list[float], end: str) -> None:
+        if verbose and (end or n_iter % interval == 0):
             change = f", change {history[-1] - history[-2]:+.2e}" if n_iter else ""
-            print(f"{name}: iteration {n_iter}, objective {history[-1]:.6f} nats per row{change}", flush=True)
+            ended = f", {end}" if end else ""
+            print(f"{name}: iteration {n_iter}, objective {history[-1]:.6f} nats per row{change}{ended}", flush=True)
 
     yield line

@@ -27,6 +27,7 @@ from tgmm_nn.statistics import Statistics, accumulator_dtype, per_element
 __all__ = [
     "Parameters",
     "conditioning",
+    "distance",
     "expectation",
     "log_density",
     "log_joint",
@@ -248,9 +249,9 @@ def moment_width(parameters: Parameters, covariance: Covariance) -> int:
 def map_rows(
     function: Callable[[Tensor], Tensor], x: Tensor, parameters: Parameters, *, chunk_size: int | None = None
 ) -> Tensor:
-    """Apply a function of rows ``(n, d)`` chunk by chunk where no graph is recorded, in one piece otherwise."""
+    """Apply a function of rows ``(n, d)`` chunk by chunk; in one piece where the number of rows may be symbolic."""
     size = chunk_size or _rows_per_chunk(parameters.means.numel(), x.element_size())
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or len(x) <= size:
+    if torch.compiler.is_compiling() or len(x) <= size:
         return function(x)
     return torch.cat([function(rows) for rows in x.split(size)])
 
@@ -289,7 +290,7 @@ def maximize(
     Returns:
         Parameters in the dtype of ``current``, computed in the dtype of the sums.
     """
-    posterior = _posterior(statistics, priors)
+    posterior = _with_priors(statistics, priors)
     mode = priors.weights(statistics.count)
     means, alive = _means(posterior)
     mass = priors.degrees(statistics.count, covariance, means.shape[-1])
@@ -320,6 +321,12 @@ def scatter(statistics: Statistics, covariance: Covariance) -> Tensor:
     first = torch.where(alive[:, None], statistics.first, 0.0)
     shift = first / torch.where(alive, statistics.count, 1.0)[:, None]
     return statistics.second - covariance.pool(covariance.outer(first, shift))
+
+
+def distance(x: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
+    """Return the Mahalanobis distance of one row per component, ``(K, d)``, from that component's mean, ``(K,)``."""
+    away = x - parameters.means
+    return (away * covariance.apply(covariance.square(parameters.factor), away)).sum(-1).clamp(min=0.0).sqrt()
 
 
 def conditioning(scale: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
@@ -413,7 +420,7 @@ def _responsibilities(
     return r, log_likelihood, classification, usable
 
 
-def _posterior(statistics: Statistics, priors: Priors) -> Statistics:
+def _with_priors(statistics: Statistics, priors: Priors) -> Statistics:
     """Merge the pseudo-observations of the priors into the sums.
 
     About the mean of both: however far a prior's mean is from the data, or a component from its own prior, only

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +18,8 @@ from tgmm_nn.statistics import Statistics, hard_statistics, per_element, statist
 
 __all__ = ["Start", "n_candidates", "nearest"]
 
-WEIGHTS = ("uniform", "kmeans")
-COVARIANCES = ("empirical", "global", "eye")
+WEIGHT_STARTS = ("uniform", "kmeans")
+COVARIANCE_STARTS = ("empirical", "global", "eye")
 
 
 def n_candidates(n_components: int) -> int:
@@ -32,7 +32,7 @@ def kmeans(found: Candidates, n_components: int, n_init: int, generator: torch.G
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
-    rows, weights = (part.cpu().numpy() for part in found)
+    rows, weights = _for_sklearn(found)
     with warnings.catch_warnings():
         # Rows that differ by rounding alone may be one cluster to it: duplicate centres are handled by EM itself.
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -44,7 +44,7 @@ def kpp(found: Candidates, n_components: int, n_init: int, generator: torch.Gene
     """Return rows drawn by scikit-learn's greedy k-means++, shape ``(K, d)``; the tightest of ``n_init`` draws."""
     from sklearn.cluster import kmeans_plusplus
 
-    rows, weights = (part.cpu().numpy() for part in found)
+    rows, weights = _for_sklearn(found)
     seeds = [_seed(generator) for _ in range(n_init)]
     draws = (kmeans_plusplus(rows, n_components, sample_weight=weights, random_state=seed)[1] for seed in seeds)
     return min((found.rows[torch.from_numpy(draw)] for draw in draws), key=lambda means: _inertia(found, means))
@@ -98,11 +98,11 @@ class Start(NamedTuple):
         means, weights, covariances = init_means, init_weights, init_covariances
         if _is_given("init_means", means, MEANS):
             means = checks.check_array("init_means", means, like, (k, d))
-        if _is_given("init_weights", weights, WEIGHTS):
+        if _is_given("init_weights", weights, WEIGHT_STARTS):
             weights = checks.check_array("init_weights", weights, like, (k,))
             checks.check_weights("init_weights", weights)
             weights = weights / weights.sum()
-        if _is_given("init_covariances", covariances, COVARIANCES):
+        if _is_given("init_covariances", covariances, COVARIANCE_STARTS):
             covariances = covariance.given("init_covariances", covariances, k, d, like)
         return cls(means, weights, covariances)
 
@@ -121,19 +121,8 @@ class Start(NamedTuple):
         means = self._means(found, n_components, n_init, generator)
         labels = nearest(found.rows, means)
         sums = hard_statistics(found.rows, labels, means, covariance, found.weights)
-        uniform = torch.full_like(sums.count, 1.0 / n_components)
-        weights = {"uniform": uniform, "kmeans": sums.count / sums.weight()}
-        n_features = means.shape[-1]
-        covariances = {
-            "empirical": lambda: _of_clusters(found, labels, sums, covariance),
-            "global": lambda: _of_all(found, covariance).expand_as(sums.second),
-            "eye": lambda: covariance.identity(n_components, n_features).to(sums.second),
-        }
         return statistics_of(
-            weights[self.weights] if isinstance(self.weights, str) else self.weights.to(uniform),
-            means.to(uniform),
-            covariances[self.covariances]() if isinstance(self.covariances, str) else self.covariances.to(uniform),
-            covariance,
+            self._weights(sums), means.to(sums.first), self._covariances(found, labels, sums, covariance), covariance
         )
 
     @property
@@ -151,6 +140,21 @@ class Start(NamedTuple):
             return MEANS[self.means](found, n_components, n_init, generator)
         finally:
             random.setstate(python_state)
+
+    def _weights(self, sums: Statistics) -> Tensor:
+        if not isinstance(self.weights, str):
+            return self.weights.to(sums.count)
+        shares = sums.count / sums.weight()
+        return shares if self.weights == "kmeans" else torch.full_like(shares, 1.0 / len(shares))
+
+    def _covariances(self, found: Candidates, labels: Tensor, sums: Statistics, covariance: Covariance) -> Tensor:
+        if not isinstance(self.covariances, str):
+            return self.covariances.to(sums.second)
+        if self.covariances == "eye":
+            return covariance.identity(len(sums.first), sums.first.shape[1], sums.second)
+        if self.covariances == "global":
+            return _of_all(found, covariance).expand_as(sums.second)
+        return _of_clusters(found, labels, sums, covariance)
 
 
 def nearest(x: Tensor, means: Tensor) -> Tensor:
@@ -190,12 +194,17 @@ def _of_clusters(found: Candidates, labels: Tensor, sums: Statistics, covariance
     return torch.where(per_element(varies, within), own, pooled)
 
 
-def _is_given(name: str, value: Any, names: Any) -> bool:
-    """Return whether ``value`` is no name; raise where it is one, but not of ``names``."""
+def _is_given(name: str, value: Any, names: Collection[str]) -> bool:
+    """Return whether ``value`` is given as numbers; raise where it is a string that is not among ``names``."""
     if isinstance(value, str):
         checks.check_choice(name, value, names)
     return not isinstance(value, str)
 
 
+def _for_sklearn(found: Candidates) -> tuple[Any, Any]:
+    """Return rows and weights as arrays; weights up to one, since they are cast to the dtype of the rows there."""
+    return found.rows.cpu().numpy(), (found.weights / found.weights.max()).cpu().numpy()
+
+
 def _seed(generator: torch.Generator) -> int:
-    return int(torch.randint(2**31 - 1, (), generator=generator))
+    return int(torch.randint(2**31 - 1, (), generator=generator, device="cpu"))

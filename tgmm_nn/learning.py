@@ -14,7 +14,7 @@ from tgmm_nn import checks, functional
 from tgmm_nn.data import Rows, Survey, is_stream, survey
 from tgmm_nn.density import full_precision
 from tgmm_nn.distributed import is_distributed, sum_over_ranks
-from tgmm_nn.fitting import Options, fit_from, progress, sum_over
+from tgmm_nn.fitting import Fit, Options, fit_from, progress, sum_over
 from tgmm_nn.functional import Parameters
 from tgmm_nn.initialization import Start, n_candidates
 from tgmm_nn.state import MixtureState
@@ -43,7 +43,7 @@ class MixtureEM(MixtureState):
     verbose_interval: int
 
     @torch.no_grad()
-    def statistics(self, x: Any, sample_weight: Any = None, log_prior: Tensor | None = None) -> Statistics:
+    def statistics(self, x: Any, sample_weight: Any = None, log_prior: Any = None) -> Statistics:
         """Return the sums that an M-step needs (the E-step), of this rank's rows alone.
 
         Rows that are not finite, or whose weight is negative or not finite, are left out and counted.
@@ -82,8 +82,19 @@ class MixtureEM(MixtureState):
             ValueError: If they are of another covariance structure or size.
         """
         self._running().check_like(statistics)
-        usable = self._maximize(statistics)
+        usable, current = _is_usable(statistics), self._snapshot()
+        with full_precision(usable.device):
+            new = self._em_options().maximize(statistics, current)
+        self._write(Parameters(*(torch.where(usable, ours, old) for ours, old in zip(new, current, strict=True))))
+        kept = self._running()
+        self._keep(
+            torch.where(usable, statistics.count, kept.count),
+            torch.where(usable, statistics.first, kept.first),
+            torch.where(usable, statistics.second, kept.second),
+            torch.where(usable, statistics.origin, kept.origin),
+        )
         self.running_step_size.copy_(torch.where(usable, 1.0, self.running_step_size))
+        self.fitted.copy_(torch.maximum(self.fitted, usable.to(torch.int64)))
 
     @torch.no_grad()
     def em_step(
@@ -92,7 +103,7 @@ class MixtureEM(MixtureState):
         sample_weight: Any = None,
         step_size: float | Tensor | None = None,
         *,
-        log_prior: Tensor | None = None,
+        log_prior: Any = None,
         sync: bool = True,
     ) -> Tensor:
         r"""Make one EM update on ``x``, without gradient and without reading a value on the host.
@@ -100,7 +111,9 @@ class MixtureEM(MixtureState):
         With ``step_size`` :math:`\rho_t` the running sums become :math:`S_t = \gamma_t S_{t-1} + s(x)`,
         :math:`\gamma_t = \rho_{t-1} (1 / \rho_t - 1)`, and the M-step is taken at them: for batches of equal size ``x``
         has the share :math:`\rho_t`, a shorter batch a smaller one, and priors meet sums of the effective size
-        :math:`n / \rho_t`. In a ``torch.distributed`` world the sums of all ranks are added first.
+        :math:`n / \rho_t`. The first batch after `fit`, `initialize` or `set_parameters` has exactly that share; after
+        an exact step or `maximize` the rows of that step count as they are. In a
+        ``torch.distributed`` world the sums of all ranks are added first.
 
         Args:
             x: Rows, shape ``(..., d)``; rows that are not finite are left out and counted in ``n_skipped``.
@@ -133,14 +146,17 @@ class MixtureEM(MixtureState):
             rho = total.new_full((1,), 1.0 if step_size is None else step_size)
         # A share given as a tensor is not read: out of range it counts as a batch without rows.
         valid = ((total > 0) & (rho > 0) & (rho <= 1)).squeeze()
-        usable = self._maximize(batch if step_size is None else batch.merge(self._decayed(rho, total)), valid)
-        self.running_step_size.copy_(torch.where(usable, rho, self.running_step_size))
+        sums = batch if step_size is None else batch.merge(self._decayed(rho, total))
+        sums = sums.scale(torch.where(valid, 1.0, 0.0))
+        usable, before = _is_usable(sums), self.running_step_size.clone()
+        self.maximize(sums)
+        self.running_step_size.copy_(torch.where(usable, rho, before))
         self.n_updates.add_(usable)
         self.n_skipped.add_(batch.skipped.to(torch.int64))
         return batch.mean_log_likelihood().to(self.means_.dtype)
 
     @torch.no_grad()
-    def initialize(self: Self, x: Any, sample_weight: Any = None) -> Self:
+    def initialize(self: Self, x: Any, *, sample_weight: Any = None) -> Self:
         """Set a start for EM from the rows ``x``, by ``init_means``, ``init_weights`` and ``init_covariances``.
 
         Args:
@@ -157,13 +173,14 @@ class MixtureEM(MixtureState):
         """
         found = self._survey(self._data(x, sample_weight))
         parameters, statistics = next(self._starts(found, 1, self.n_init))
+        self._check_range(parameters, "`x`")
         self._write(parameters)
         self._begin(statistics)
         self.fitted.fill_(1)
         return self
 
     @torch.no_grad()
-    def fit(self: Self, x: Any, sample_weight: Any = None) -> Self:
+    def fit(self: Self, x: Any, *, sample_weight: Any = None) -> Self:
         """Run EM on ``x`` from ``n_init`` starts and keep the best.
 
         Each runs until the objective changes by less than ``tol``, or for ``max_iter`` M-steps. Fits the rows that this
@@ -195,54 +212,68 @@ class MixtureEM(MixtureState):
             reporter = progress(self.verbose, self.verbose_interval, self.max_iter, number, n_starts)
             with full_precision(self.means_.device), reporter as report:
                 fits.append(fit_from(start, data, found, options, report))
-        best = max(fits, key=lambda fit: fit.objective)
+        number, best = max(enumerate(fits, start=1), key=lambda numbered: numbered[1].objective)
         if not math.isfinite(best.objective):
             raise ValueError(
                 f"Expected `x` to lead EM to a finite mixture, but the objective ended as {best.history[-1]}; rescale "
                 "the features, or raise `reg_covar`."
             )
+        self._check_range(best.parameters, "`x`")
         self._write(best.parameters)
         self._begin(best.statistics.scale(1.0 / best.statistics.weight()))
         self.history_ = best.history
         for name, value in best.outcome.items():
             getattr(self, name).fill_(value)
-        if not best.converged:
-            warnings.warn(
-                f"EM did not converge in max_iter={self.max_iter} iterations (last change of the objective: "
-                f"{best.last_change:.3g} nats per row, tol={self.tol:g}); raise `max_iter` or `tol`.",
-                stacklevel=3,  # torch.no_grad wraps this method
-            )
+        if self.verbose and n_starts > 1:
+            print(f"EM: kept start {number} of {n_starts}, objective {best.objective:.6f} nats per row")
+        for doubt in self._doubts(best):
+            warnings.warn(doubt, stacklevel=3)  # torch.no_grad wraps this method
         return self
 
-    def fit_predict(self, x: Any, sample_weight: Any = None) -> Tensor:
+    def fit_predict(self, x: Any, *, sample_weight: Any = None) -> Tensor:
         """Fit the mixture and return the most probable component of each row, shape ``(n,)``."""
         if is_stream(x):
             raise TypeError(f"Expected `x` as rows, but got {type(x).__name__}; call fit, then predict batch by batch.")
-        return self.fit(x, sample_weight).predict(x)
+        return self.fit(x, sample_weight=sample_weight).predict(x)
 
     # --------------------------------------------------------------------------------------------------- inside
 
+    def _doubts(self, fit: Fit) -> Iterator[str]:
+        """Say what a user should know of a finished fit: no convergence, and what its dtype or data do not carry."""
+        if not fit.converged:
+            advice = "raise `max_iter` or `tol`" if fit.last_change > -self.tol else "it fell: raise `reg_covar`"
+            yield (
+                f"EM did not converge in max_iter={self.max_iter} iterations (last change of the objective: "
+                f"{fit.last_change:.3g} nats per row, tol={self.tol:g}); {advice}."
+            )
+        dtype = self.means_.dtype
+        away = functional.distance(
+            fit.parameters.means.to(dtype).to(fit.parameters.means), fit.parameters, self.covariance
+        )
+        if float(away.max()) > 0.1:
+            yield (
+                f"The means are so far from zero that {dtype} rounds them by up to {float(away.max()):.2g} standard "
+                "deviations; make the mixture with dtype=torch.float64, or centre the features."
+            )
+
+    def _check_options(self) -> None:
+        """Raise if an option has the wrong type or range, also one that was changed since the layer was made."""
+        for name in ("n_init", "max_iter", "verbose_interval"):
+            checks.check_integer(name, getattr(self, name))
+        for name in ("cem", "reg_covar_relative", "warm_start"):
+            checks.check_bool(name, getattr(self, name))
+        for name in ("tol", "reg_covar"):
+            checks.check_number(name, getattr(self, name))
+        checks.check_integer("random_state", self.random_state, minimum=0, maximum=2**63 - 1, optional=True)
+        checks.check_integer("chunk_size", self.chunk_size, optional=True)
+        if self.verbose != "bar":
+            checks.check_bool("verbose", self.verbose, alternative="'bar'")
+
     def _em_options(self) -> Options:
         ridge = (self.reg_covar, self.reg_covar_relative)
-        return Options(self.covariance, self._priors, self.cem, self.max_iter, self.tol, *ridge, self.chunk_size)
-
-    def _maximize(self, statistics: Statistics, valid: Tensor | bool = True) -> Tensor:
-        """M-step at the sums, which become the running ones, if they are ``valid`` and hold any row; return whether."""
-        total = statistics.weight()
-        usable = (total > 0) & torch.isfinite(total) & valid
-        current = self._snapshot()
-        with full_precision(total.device):
-            new = self._em_options().maximize(statistics, current)
-        self._write(Parameters(*(torch.where(usable, ours, old) for ours, old in zip(new, current, strict=True))))
-        kept = self._running()
-        self._keep(
-            torch.where(usable, statistics.count, kept.count),
-            torch.where(usable, statistics.first, kept.first),
-            torch.where(usable, statistics.second, kept.second),
-            torch.where(usable, statistics.origin, kept.origin),
+        return Options(
+            self.covariance, self._priors_on_device, self.cem, self.max_iter, self.tol, *ridge, self.chunk_size
         )
-        self.fitted.copy_(torch.maximum(self.fitted, usable.to(torch.int64)))
-        return usable
 
     def _decayed(self, step_size: Tensor, weight: Tensor) -> Statistics:
         """Return the running sums times γ; with no batch before, they count as one batch like this."""
@@ -250,7 +281,7 @@ class MixtureEM(MixtureState):
         gamma = (previous * (1.0 / step_size - 1.0)).sum()
         return self._running().scale(torch.where(weight > 0, gamma, 0.0))
 
-    def _expect(self, x: Any, sample_weight: Any, log_prior: Tensor | None) -> Statistics:
+    def _expect(self, x: Any, sample_weight: Any, log_prior: Any) -> Statistics:
         x = self._checked(x)
         rows = self._rows(x).detach()
         if sample_weight is not None:
@@ -258,6 +289,7 @@ class MixtureEM(MixtureState):
             checks.check_sample_weight(sample_weight, x.shape[:-1])
             sample_weight = sample_weight.detach().reshape(-1).to(rows.device)
         if log_prior is not None:
+            log_prior = checks.to_tensor("log_prior", log_prior, rows.dtype)
             checks.check_log_prior(log_prior, (*x.shape[:-1], self.n_components))
             log_prior = log_prior.detach().reshape(-1, self.n_components).to(rows)
         how: dict[str, Any] = {"hard": self.cem, "chunk_size": self.chunk_size}
@@ -266,6 +298,7 @@ class MixtureEM(MixtureState):
 
     def _data(self, x: Any, sample_weight: Any) -> Rows:
         """Return training rows, or raise."""
+        self._check_options()
         data = Rows(x, sample_weight, self.n_features, self.means_)
         if data.shape is not None and len(data.shape) != 2:
             raise ValueError(f"Expected `x` of shape (n, {self.n_features}), but got {data.shape}.")
@@ -295,4 +328,10 @@ class MixtureEM(MixtureState):
             yield parameters, sums
 
     def _seed(self) -> int:
-        return torch.initial_seed() if self.random_state is None else self.random_state
+        return torch.initial_seed() if self.random_state is None else int(self.random_state)
+
+
+def _is_usable(statistics: Statistics) -> Tensor:
+    """Return whether sums hold any row and are finite, without reading that on the host."""
+    total = statistics.weight()
+    return (total > 0) & torch.isfinite(total)

@@ -23,8 +23,13 @@ from tgmm_nn.state import CovarianceType
 __all__ = ["GaussianMixture"]
 
 
+def _plain(value: Any) -> Any:
+    """Return numbers of NumPy as Python's: a file that is read as weights only holds no others."""
+    return value.item() if hasattr(value, "item") and not isinstance(value, Tensor) else value
+
+
 def _prior(field: str) -> property:
-    """Return a property that reads a prior: it is set at construction, and another value would not be looked at."""
+    """Return a property that reads a prior and can't be set: another value than at construction has no effect."""
     return property(lambda self: getattr(self.priors, field))
 
 
@@ -139,22 +144,11 @@ class GaussianMixture(MixtureEM):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(n_components, n_features, covariance_type, device=device, dtype=dtype)
-        for name, count in (("n_init", n_init), ("max_iter", max_iter), ("verbose_interval", verbose_interval)):
-            checks.check_integer(name, count)
-        for name, flag in (("cem", cem), ("reg_covar_relative", reg_covar_relative), ("warm_start", warm_start)):
-            checks.check_bool(name, flag)
-        for name, number in (("tol", tol), ("reg_covar", reg_covar)):
-            checks.check_number(name, number)
-        checks.check_integer("random_state", random_state, minimum=0, maximum=2**63 - 1, optional=True)
-        checks.check_integer("chunk_size", chunk_size, optional=True)
-        if verbose != "bar":
-            checks.check_bool("verbose", verbose, alternative="'bar'")
-        # Plain numbers, also where NumPy's were given: a file that is read as weights only holds no others.
-        self.n_init, self.max_iter, self.verbose_interval = int(n_init), int(max_iter), int(verbose_interval)
-        self.tol, self.reg_covar, self.reg_covar_relative = float(tol), float(reg_covar), reg_covar_relative
-        self.random_state = None if random_state is None else int(random_state)
-        self.chunk_size = None if chunk_size is None else int(chunk_size)
+        self.n_init, self.max_iter, self.verbose_interval = n_init, max_iter, verbose_interval
+        self.tol, self.reg_covar, self.reg_covar_relative = tol, reg_covar, reg_covar_relative
+        self.random_state, self.chunk_size = random_state, chunk_size
         self.cem, self.warm_start, self.verbose = cem, warm_start, verbose
+        self._check_options()
         size = (self.covariance, self.n_components, self.n_features)
         self._set_priors(
             Priors.from_options(
@@ -170,7 +164,6 @@ class GaussianMixture(MixtureEM):
         self.init_means, self.init_weights, self.init_covariances = start
         if isinstance(start.covariances, Tensor):  # in the shape in which users see covariances
             self.init_covariances = self.covariance.public(start.covariances)
-        self._n_draws = 0
 
     @property
     def covariance_prior(self) -> Tensor | None:
@@ -180,7 +173,7 @@ class GaussianMixture(MixtureEM):
     def options(self) -> dict[str, Any]:
         """Return the constructor's arguments, but for device and dtype, as plain values and tensors on the CPU."""
         names = [name for name in inspect.signature(GaussianMixture).parameters if name not in ("device", "dtype")]
-        return {name: getattr(self, name) for name in names}
+        return {name: _plain(getattr(self, name)) for name in names}
 
     def extra_repr(self) -> str:
         """Return every option."""
@@ -255,7 +248,7 @@ class GaussianMixture(MixtureEM):
             checks.check_integer("component", component, minimum=0, maximum=self.n_components - 1)
         bounds = sampling.check_shell(confidence, std_range, self.n_features)
         if generator is None:
-            generator = sampling.stream(self._seed(), self._n_draws, self.means_)
+            generator = sampling.stream(self.random_state, self._n_draws, self.mixture())
             self._n_draws += 1
         elif not isinstance(generator, torch.Generator):
             raise TypeError(f"Expected `generator` to be a torch.Generator, but got {type(generator).__name__}.")
@@ -314,7 +307,9 @@ class GaussianMixture(MixtureEM):
     def from_sklearn(
         cls, fitted: Any, *, device: torch.device | str | None = None, dtype: torch.dtype | None = torch.float64
     ) -> GaussianMixture:
-        """Return a layer with the parameters and options of a fitted ``sklearn.mixture.GaussianMixture``.
+        """Return a layer with the parameters of a fitted ``sklearn.mixture.GaussianMixture`` and the options it shares.
+
+        What it reports of its fit comes along: ``converged_``, ``n_iter_`` and ``lower_bound_``.
 
         Raises:
             TypeError: If ``fitted`` is anything else.
@@ -322,21 +317,26 @@ class GaussianMixture(MixtureEM):
         """
         gmm = cls(**exchange.options_of(fitted), device=device, dtype=dtype)
         gmm.set_parameters(fitted.weights_, fitted.means_, fitted.covariances_)
+        gmm.converged.fill_(int(fitted.converged_))
+        gmm.n_iter.fill_(fitted.n_iter_)
+        gmm.lower_bound.fill_(float(fitted.lower_bound_))
         return gmm
 
     def to_sklearn(self) -> Any:
         """Return a fitted ``sklearn.mixture.GaussianMixture`` of equal log-density.
 
-        scikit-learn has no ``tied_diag`` and no ``tied_spherical``: they become ``tied``, with more free parameters.
+        scikit-learn has no ``tied_diag`` and no ``tied_spherical``: they become ``tied``, with more free parameters. It
+        has no priors, no relative ridge and no classification EM either: what it fits further is maximum likelihood.
         """
-        names = ("n_components", "n_init", "random_state", "max_iter", "tol", "reg_covar", "warm_start")
+        names = ("n_components", "n_init", "max_iter", "tol", "reg_covar", "warm_start", "init_means", "init_weights")
         attributes = {
             "converged_": self.converged_,
             "n_iter_": self.n_iter_,
             "lower_bound_": self.lower_bound_,
             "lower_bounds_": list(self.history_),
         }
-        options = {name: getattr(self, name) for name in names}
+        options = {name: _plain(getattr(self, name)) for name in names}
+        options["random_state"] = None if self.random_state is None else self.random_state % 2**32  # NumPy's range
         return exchange.to_sklearn(self._wide(), self.covariance, self.covariance_type, options, attributes)
 
     def _sibling(self, weights: Tensor, means: Tensor, elements: Tensor) -> GaussianMixture:

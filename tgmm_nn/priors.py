@@ -103,15 +103,10 @@ class Priors(NamedTuple):
         """
         if self.mean is None and self.scale is None:
             return None
-        zero = like.first.new_zeros(())
-        return Statistics(
+        return Statistics.of(
             count=torch.zeros_like(like.count) if self.mean_precision is None else self.mean_precision,
             first=torch.zeros_like(like.first),
             second=torch.zeros_like(like.second) if self.scale is None else self.scale,
-            log_likelihood=zero,
-            classification=zero,
-            rows=zero,
-            skipped=zero,
             origin=like.origin if self.mean is None else self.mean,
             covariance=like.covariance,
         )

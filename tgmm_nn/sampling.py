@@ -25,10 +25,19 @@ __all__ = ["check_shell", "draw", "radii", "stream"]
 Shell = tuple[float, float]
 
 
-def stream(seed: int, n_draws: int, means: Tensor) -> torch.Generator:
-    """Return the generator of a mixture's draw number ``n_draws``; mixtures of one seed do not share their noise."""
-    content = zlib.crc32(means.detach().cpu().numpy().tobytes())
-    return torch.Generator().manual_seed((seed + 0x9E3779B97F4A7C15 * (n_draws + 1) + (content << 20)) % 2**63)
+def stream(random_state: int | None, n_draws: int, parameters: Parameters) -> torch.Generator:
+    """Return the generator of draw number ``n_draws``.
+
+    A given seed alone decides, so that its draws hold on other machines. Without one the parameters are mixed into
+    torch's seed: two mixtures of one process do not share their noise then.
+    """
+    if random_state is None:
+        content = b"".join(parameter.detach().cpu().numpy().tobytes() for parameter in parameters)
+        entropy = [torch.initial_seed(), n_draws, zlib.crc32(content)]
+    else:
+        entropy = [int(random_state), n_draws]
+    seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
 
 
 def check_shell(confidence: Any, std_range: Any, n_features: int) -> Shell | None:
@@ -38,11 +47,11 @@ def check_shell(confidence: Any, std_range: Any, n_features: int) -> Shell | Non
         TypeError: If ``confidence`` is no number, or ``std_range`` no pair of numbers.
         ValueError: If both are given, or one is out of range.
     """
-    from scipy import special
-
     if confidence is not None and std_range is not None:
         raise ValueError("Expected `confidence` or `std_range`, but got both; they bound the same distance.")
     if confidence is not None:
+        from scipy import special
+
         checks.check_number("confidence", confidence, 0.0, 1.0, strict=True)
         return 0.0, math.sqrt(2.0 * special.gammaincinv(0.5 * n_features, confidence))
     if std_range is None:

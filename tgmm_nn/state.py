@@ -80,21 +80,20 @@ class MixtureState(MixtureDensity):
         checks.check_integer("n_components", n_components)
         checks.check_integer("n_features", n_features)
         checks.check_choice("covariance_type", covariance_type, COVARIANCES)
-        checks.check_dtype("dtype", dtype)
-        self.n_components, self.n_features, self.covariance_type = int(n_components), int(n_features), covariance_type
         self.covariance = COVARIANCES[covariance_type]
-        self.priors, self._priors = NO_PRIORS, NO_PRIORS
+        self.priors, self._priors_on_device = NO_PRIORS, NO_PRIORS
         self.chunk_size: int | None = None
         self.history_: list[float] = []
+        self._n_draws = 0
         self._register_buffers(
-            torch.device(device or torch.get_default_device()),
-            dtype or torch.promote_types(torch.get_default_dtype(), torch.float32),
+            (int(n_components), int(n_features)),
+            checks.check_device("device", device) or torch.get_default_device(),
+            checks.check_dtype("dtype", dtype) or torch.promote_types(torch.get_default_dtype(), torch.float32),
         )
         self.reset_parameters()
 
-    def _register_buffers(self, device: torch.device, dtype: torch.dtype) -> None:
-        size = (self.n_components, self.n_features)
-        element = (self.covariance.leading(self.n_components), *self.covariance.shape(self.n_features))
+    def _register_buffers(self, size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> None:
+        element = (self.covariance.leading(size[0]), *self.covariance.shape(size[1]))
         wide = accumulator_dtype(device)
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "weights_": (size[:1], dtype),
@@ -115,6 +114,11 @@ class MixtureState(MixtureDensity):
             self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
 
     # ---------------------------------------------------------------------------------------------- parameters
+
+    @property
+    def covariance_type(self) -> str:
+        """Name of the family; it can't be changed, since it shapes the buffers."""
+        return next(name for name, structure in COVARIANCES.items() if structure == self.covariance)
 
     def mixture(self) -> Parameters:
         """Return the parameters; they are the buffers themselves."""
@@ -162,6 +166,7 @@ class MixtureState(MixtureDensity):
         with full_precision(elements.device):
             factor, _ = self.covariance.factor(elements)
         weights = weights / weights.sum()
+        self._check_range(Parameters(weights, means, factor), "`means` and `covariances`")
         self._write(Parameters(weights, means, factor))
         self._begin(statistics_of(weights, means, elements, self.covariance))
         self.fitted.fill_(1)
@@ -184,25 +189,26 @@ class MixtureState(MixtureDensity):
 
     @property
     def converged_(self) -> bool:
-        """Whether the last `fit` converged; False when the parameters were set otherwise since."""
+        """Whether the last `fit` converged; False where `initialize` or `set_parameters` came after it."""
         return bool(self.converged.item())
 
     @property
     def n_iter_(self) -> int:
-        """Number of M-steps of the last `fit`; 0 when the parameters were set otherwise since."""
+        """Number of M-steps of the last `fit`; 0 where `initialize` or `set_parameters` came after it."""
         return int(self.n_iter.item())
 
     @property
     def lower_bound_(self) -> float:
-        """Mean log-likelihood per row of the last `fit`, of its final parameters, in nats; nan without one."""
+        """Mean log-likelihood per row at the end of the last `fit`, in nats; nan without one."""
         return float(self.lower_bound.item())
 
     @property
     def objective_(self) -> float:
-        """What EM climbed in the last `fit`, of the final parameters, in nats per row; nan without one.
+        """What EM climbed in the last `fit`, at its end, in nats per row; nan without one.
 
         The mean log-likelihood, plus the priors' log-density divided by the number of rows; with ``cem=True`` the
-        likelihood is that of the classification.
+        likelihood is that of the classification. Like `converged_`, `n_iter_` and `lower_bound_` it reports on that
+        fit: `em_step` and `maximize` move the mixture on and leave it.
         """
         return float(self.objective.item())
 
@@ -219,26 +225,26 @@ class MixtureState(MixtureDensity):
             RuntimeError: If it is the state of another mixture, or where ``strict``, lacks a buffer or holds more.
         """
         before = {name: (buffer, buffer.clone()) for name, buffer in self.named_buffers(recurse=False)}
-        history = self.history_
+        history, n_draws = self.history_, self._n_draws
         try:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
         except BaseException:  # torch compares the keys last
             for name, (buffer, values) in before.items():
                 self._buffers[name] = buffer.copy_(values)
-            self.history_ = history
+            self.history_, self._n_draws = history, n_draws
             raise
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return what travels with ``state_dict`` besides buffers: options that shape it, and the trace of `fit`."""
-        return {**self._shape(), "history": list(self.history_)}
+        """Return what travels with ``state_dict`` besides buffers: options that shape it, the trace of `fit`, draws."""
+        return {**self._shape(), "history": list(self.history_), "n_draws": self._n_draws}
 
     def _shape(self) -> dict[str, Any]:
         """Return the options that decide the shapes of buffers, as plain values."""
         return {name: getattr(self, name) for name in ("covariance_type", "n_components", "n_features")}
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Restore the trace of `fit`; the options were compared before any buffer was written."""
-        self.history_ = list(state.get("history", []))
+        """Restore trace and number of draws; the options were compared before any buffer was written."""
+        self.history_, self._n_draws = list(state.get("history", [])), state.get("n_draws", 0)
 
     def _load_from_state_dict(
         self,
@@ -254,6 +260,7 @@ class MixtureState(MixtureDensity):
         if problem := mismatch(state_dict, prefix, self._shape(), dict(self.named_buffers(recurse=False))):
             error_msgs.append(problem)
             return
+        self.history_ = []  # that of the state follows, where it has one
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -276,7 +283,7 @@ class MixtureState(MixtureDensity):
 
     def _move_priors(self) -> None:
         """Keep a copy of the priors beside the buffers, so that no step has to move them."""
-        self._priors = self.priors.to(self.means_.device)
+        self._priors_on_device = self.priors.to(self.means_.device)
 
     # --------------------------------------------------------------------------------------------------- inside
 
@@ -295,7 +302,7 @@ class MixtureState(MixtureDensity):
         return Parameters(
             like.new_full((k,), 1.0 / k),
             like.new_zeros(k, d),
-            self.covariance.identity(k, d).to(like),
+            self.covariance.identity(k, d, like),
         )
 
     def _snapshot(self) -> Parameters:
@@ -303,9 +310,19 @@ class MixtureState(MixtureDensity):
         return Parameters(self.weights_.clone(), self.means_.clone(), self.factor_.clone())
 
     def _running(self) -> Statistics:
-        zero = self.running_count.new_zeros(())
-        sums = (self.running_count, self.running_first, self.running_second, zero, zero, zero, zero)
-        return Statistics(*sums, self.running_origin, self.covariance)
+        sums = (self.running_count, self.running_first, self.running_second)
+        return Statistics.of(*sums, self.running_origin, self.covariance)
+
+    def _check_range(self, parameters: Parameters, name: str) -> None:
+        """Raise, naming what they come from, if parameters are not finite in the dtype of the buffers."""
+        narrow = parameters.to(self.means_.dtype)
+        elements = self.covariance.square(self.covariance.root(parameters.factor)).to(self.means_.dtype)
+        finite = [bool(torch.isfinite(values).all()) for values in (*narrow, elements)]
+        if not all(finite):
+            raise ValueError(
+                f"Expected {name} in the range of {self.means_.dtype}, but the mixture is not finite in it; rescale "
+                "the features, or make the mixture with dtype=torch.float64."
+            )
 
     def _write(self, parameters: Parameters) -> None:
         self.weights_.copy_(parameters.weights)

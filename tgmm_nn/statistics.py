@@ -85,6 +85,12 @@ class Statistics(NamedTuple):
     origin: Tensor
     covariance: Moments
 
+    @classmethod
+    def of(cls, count: Tensor, first: Tensor, second: Tensor, origin: Tensor, covariance: Moments) -> Statistics:
+        """Return sums that come from no rows, with totals of zero."""
+        zero = torch.zeros((), dtype=count.dtype, device=count.device)
+        return cls(count, first, second, zero, zero, zero, zero, origin, covariance)
+
     def merge(self, other: Statistics) -> Statistics:
         """Return the sums of both, about this one's reference point.
 
@@ -170,19 +176,8 @@ def statistics_of(weights: Tensor, means: Tensor, covariances: Tensor, covarianc
     """
     wide = accumulator_dtype(means.device)
     count = weights.to(wide)
-    mass = covariance.pool(count)
-    zero = torch.zeros((), dtype=wide, device=means.device)
-    return Statistics(
-        count=count,
-        first=torch.zeros_like(means, dtype=wide),
-        second=covariances.to(wide) * per_element(mass, covariances),
-        log_likelihood=zero,
-        classification=zero,
-        rows=zero + 1,
-        skipped=zero,
-        origin=means,
-        covariance=covariance,
-    )
+    second = covariances.to(wide) * per_element(covariance.pool(count), covariances)
+    return Statistics.of(count, torch.zeros_like(means, dtype=wide), second, means, covariance)
 
 
 def hard_statistics(
@@ -212,18 +207,9 @@ def _hard_chunk(x: Tensor, labels: Tensor, weight: Tensor, origin: Tensor, covar
     columns = (x - origin.to(x.dtype)[labels]).mT.contiguous()
     members = torch.nn.functional.one_hot(labels, len(origin)).to(x.dtype).mT * weight
     features = (members @ covariance.features(columns).mT).to(wide)
-    zero = torch.zeros((), dtype=wide, device=x.device)
-    return Statistics(
-        count=members.sum(-1).to(wide),
-        first=(members @ columns.mT).to(wide),
-        second=covariance.pool(covariance.unpack(features, x.shape[-1])),
-        log_likelihood=zero,
-        classification=zero,
-        rows=zero + len(x),
-        skipped=zero,
-        origin=origin,
-        covariance=covariance,
-    )
+    second = covariance.pool(covariance.unpack(features, x.shape[-1]))
+    count, first = members.sum(-1).to(wide), (members @ columns.mT).to(wide)
+    return Statistics.of(count, first, second, origin, covariance)._replace(rows=count.new_full((), len(x)))
 
 
 def per_element(value: Tensor, element: Tensor) -> Tensor:
