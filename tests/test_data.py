@@ -1,5 +1,7 @@
 """Rows to fit on: any container, any batches, any order, and the sample that a start is made from."""
 
+import pickle
+import random
 from functools import partial
 
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 from oracles import assert_near, assert_same_buffers, copy_of_buffers, random_layer, unchanged
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
 from tgmm_nn import GaussianMixture, data, learning
 from tgmm_nn.data import BATCH, Candidates, Rows, survey
@@ -55,13 +57,14 @@ class Stream(IterableDataset):
 
 
 class Noisy(Dataset):
-    """Rows with noise of torch's global generator, as augmentation adds it."""
+    """Rows with noise of every global generator, as augmentation adds it."""
 
     def __len__(self):
         return 60
 
     def __getitem__(self, n):
-        return torch.tensor([n % 3 * 5.0, 0.0]) + torch.randn(2)
+        noise = torch.tensor([random.gauss(0.0, 0.5), np.random.randn() / 2])  # noqa: NPY002
+        return torch.tensor([n % 3 * 5.0, 0.0]) + torch.randn(2) + noise.float()
 
 
 # --------------------------------------------------------------------------------------------------- in memory
@@ -195,6 +198,35 @@ def test_a_loader_gives_the_fit_of_its_rows_in_memory(layer, batch_size, shuffle
     assert_near(one.statistics(loader).sums(), one.statistics(x).sums(), 1e-11)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_a_loader_gives_the_fit_of_its_rows_in_memory_in_float32_too(family, offset, x):
+    rows = (x + offset).float()
+    loader = DataLoader(TensorDataset(rows), 17, shuffle=True)
+    one, other = (GaussianMixture(3, 2, family, random_state=0, max_iter=500).fit(r) for r in (loader, rows))
+    assert_near(parameters_of(one), parameters_of(other), 2e-3)
+    assert one.lower_bound_ == pytest.approx(other.lower_bound_, abs=1e-4)
+
+
+@pytest.mark.parametrize("change", ["a nan", "a row less"])
+def test_a_stream_that_changes_between_passes_is_an_error(change, x, generator):
+    class Changing:
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            rows = x.clone()
+            if self.passes > 2:
+                rows = rows[1:] if change == "a row less" else rows.index_fill(0, torch.tensor([3]), torch.nan)
+            return iter(rows.split(30))
+
+    gmm = random_layer("full", generator)
+    with (
+        unchanged(gmm),
+        pytest.raises(ValueError, match="`x` to give the same finite rows in each pass, but after a pass"),
+    ):
+        gmm.fit(Changing())
+
+
 @pytest.mark.parametrize(
     "stream",
     [
@@ -222,10 +254,14 @@ def test_weights_come_from_the_batches_of_a_stream(layer, x, generator):
 def test_iterating_a_loader_advances_no_generator(x):
     own = torch.Generator().manual_seed(1)
     loader = DataLoader(TensorDataset(x), 32, shuffle=True, generator=own)
-    before = torch.get_rng_state(), own.get_state()
+    sampled = DataLoader(TensorDataset(x), 32, sampler=RandomSampler(x, generator=own))
+    before = torch.get_rng_state(), own.get_state(), random.getstate(), pickle.dumps(np.random.get_state())  # noqa: NPY002
     GaussianMixture(3, 2, max_iter=500).fit(loader).score(DataLoader(TensorDataset(x), 32, shuffle=True))
+    GaussianMixture(3, 2, max_iter=500).fit(sampled)
+    GaussianMixture(3, 2, max_iter=500, reg_covar=0.1).fit(DataLoader(Noisy(), 16))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert torch.equal(own.get_state(), before[1])
+    assert (random.getstate(), pickle.dumps(np.random.get_state())) == before[2:]  # noqa: NPY002
 
 
 def test_random_augmentation_is_the_same_in_each_pass():
@@ -397,7 +433,7 @@ def test_the_chunk_size_bounds_memory(family, method, generator):
     n, d, k, chunk = 3000, 6, 5, 50
     gmm = random_layer(family, generator, k, d, chunk_size=chunk)
     x = torch.randn(n, d, generator=generator).double()
-    with torch.no_grad(), Largest() as largest:
+    with Largest() as largest:  # without no_grad: for rows that need no gradient no graph is kept
         result = getattr(gmm, method)(x)
     returned = result.numel() if isinstance(result, torch.Tensor) else 0
     assert largest.elements <= max(returned, chunk * (k * d + d * d))

@@ -35,6 +35,7 @@ def test_a_mixture_of_scikit_learn_becomes_an_equal_layer(ours, theirs, x):
     assert gmm.bic(x) == pytest.approx(model.bic(x.numpy()), rel=1e-12)
     assert gmm.aic(x) == pytest.approx(model.aic(x.numpy()), rel=1e-12)
     assert (gmm.init_means, gmm.n_init, gmm.reg_covar, gmm.tol, gmm.random_state) == ("kpp", 2, 1e-3, 1e-2, 0)
+    assert (gmm.converged_, gmm.n_iter_, gmm.lower_bound_) == (model.converged_, model.n_iter_, model.lower_bound_)
     narrow = GaussianMixture.from_sklearn(model, dtype=torch.float32)
     assert_near(narrow(x.float()), gmm(x).float(), 1e-5)
 
@@ -54,6 +55,19 @@ def test_a_layer_becomes_an_equal_mixture_of_scikit_learn(family, x, generator):
         assert_near(tuple(again.mixture()), tuple(gmm.mixture()), 1e-12)
     model.set_params(warm_start=True).fit(x.numpy())  # goes on from there
     assert model.lower_bound_ == pytest.approx(gmm.score(x), abs=0.05)
+
+
+def test_starting_values_go_both_ways(x):
+    means, weights = x[:3].numpy(), np.array([0.2, 0.3, 0.5])
+    gmm = GaussianMixture.from_sklearn(fitted("full", x, means_init=means, weights_init=weights))
+    assert np.array_equal(gmm.init_means.numpy(), means)
+    model = gmm.to_sklearn()
+    assert np.array_equal(model.means_init, means)
+    assert np.allclose(model.weights_init, weights)
+    names = {"kmeans": "kmeans", "kpp": "k-means++", "random": "random_from_data"}
+    for ours, theirs in names.items():
+        assert GaussianMixture(2, 2, init_means=ours).to_sklearn().init_params == theirs
+    assert GaussianMixture(2, 2, random_state=2**40 + 3).to_sklearn().random_state == 3
 
 
 def test_what_is_no_fitted_mixture_of_scikit_learn_raises(x):

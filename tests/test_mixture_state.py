@@ -377,7 +377,7 @@ def test_a_log_prior_of_labels_keeps_each_row_to_its_component(family, step_size
     gmm = layer(dtype=torch.float64, reg_covar=0.0)
     labels = torch.arange(40) % 3
     log_prior = torch.full((40, 3), -torch.inf).scatter(1, labels[:, None], 0.0)
-    gmm.em_step(x.double(), log_prior=log_prior)
+    gmm.em_step(x.double(), log_prior=log_prior.numpy() if step_size is None else log_prior.tolist())
     expected = torch.stack([x[labels == k].double().mean(0) for k in range(3)])
     assert_near(gmm.means_, expected)
     gmm.em_step(x.reshape(8, 5, 2), log_prior=log_prior.reshape(8, 5, 3), step_size=step_size)
@@ -387,3 +387,38 @@ def test_a_log_prior_of_labels_keeps_each_row_to_its_component(family, step_size
         pytest.raises(ValueError, match=r"`log_prior` of shape \(40, 3\), one number for each row and comp"),
     ):
         gmm.em_step(x, log_prior=log_prior[:, :2])
+
+
+# ------------------------------------------------------------------------------------------------------- devices
+
+
+def test_under_a_default_device_a_layer_works_where_it_was_put(family, x):
+    """A context that says where new tensors go must not reach into a layer that says otherwise."""
+    options = {"covariance_prior": 1.0, "degrees_of_freedom_prior": 5.0, "init_covariances": 1.0, "random_state": 0}
+    oracle = GaussianMixture(3, 2, family, max_iter=500, device="cpu", **options).fit(x)
+    with torch.device("meta"):
+        assert GaussianMixture(3, 2, family, **options).means_.device.type == "meta"
+        gmm = GaussianMixture(3, 2, family, max_iter=500, device="cpu", **options).fit(x)
+        assert gmm.sample(5, std_range=(1.0, 2.0))[0].device.type == "cpu"
+        assert gmm.marginal(0).means_.device.type == gmm.condition(0, 0.0).means_.device.type == "cpu"
+        for init_means in ("kpp", "random"):
+            GaussianMixture(3, 2, family, init_means=init_means, init_covariances="eye", device="cpu").initialize(x)
+    assert_same_buffers(gmm, copy_of_buffers(oracle))
+
+
+@pytest.mark.parametrize("device", ["", "foo", 3.5, True, 0 if not torch.cuda.is_available() else "foo"])
+def test_a_device_that_is_none_is_named(device):
+    with pytest.raises(ValueError, match="`device` to be a device such as 'cpu' or 'cuda:0', or None, but got"):
+        GaussianMixture(2, 2, device=device)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "torch.float64", torch.float64])
+def test_a_dtype_may_be_named_as_yaml_can(dtype):
+    assert GaussianMixture(2, 2, dtype=dtype).means_.dtype == torch.float64
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_rows_are_moved_to_the_device_of_the_layer(family, x):
+    gmm = GaussianMixture(3, 2, family, device="cuda", random_state=0, max_iter=500).fit(x)
+    assert gmm(x).device.type == gmm.sample(3)[0].device.type == "cuda"
+    assert_near(gmm(x).cpu(), GaussianMixture(3, 2, family, random_state=0, max_iter=500).fit(x)(x), 1e-3)

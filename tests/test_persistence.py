@@ -141,6 +141,36 @@ def damaged(file, content):
         (lambda c: c["state"]["factor_"].fill_(torch.nan), "is not: Expected `factor_` to be finite, but it holds nan"),
         (lambda c: c["state"]["running_first"].fill_(torch.inf), "is not: Expected `running_first` to be finite"),
         (lambda c: c["state"]["weights_"].fill_(2.0), "is not: Expected `weights_` to be non-negative and to sum to 1"),
+        (lambda c: c.update(version=torch.zeros(2)), r"is of version tensor\(.*, not 1; update tgmm_nn"),
+        (lambda c: c["options"].update(dtype=["float32"]), r"is of dtype \['float32'\], not one of float32, float64"),
+        (
+            lambda c: c["options"].update(n_components=torch.tensor([2, 2])),
+            "has means that are not of the shape of its",
+        ),
+        (lambda c: c["state"].update({3: torch.zeros(2)}), "has no options or no state"),
+        (
+            lambda c: c["state"]["factor_"].fill_(0.0),
+            "is not: Expected `factor_` to be the Cholesky factor of precisions",
+        ),
+        (lambda c: c["state"]["factor_"].neg_(), "is not: Expected `factor_` to be the Cholesky factor of precisions"),
+        (
+            lambda c: c["state"]["factor_"].tril_().add_(torch.ones(2, 2).tril(-1)),
+            "is not: Expected `factor_` to be the Ch",
+        ),
+        (lambda c: c["state"]["running_count"].neg_(), "is not: Expected `running_count` to be at least 0"),
+        (
+            lambda c: c["state"]["running_step_size"].fill_(7.0),
+            "is not: Expected `running_step_size` to be at least 0 and",
+        ),
+        (
+            lambda c: c["state"]["fitted"].fill_(9),
+            "is not: Expected `fitted` to be at least 0 and at most 1, but got 9",
+        ),
+        (lambda c: c["state"]["n_updates"].fill_(-1), "is not: Expected `n_updates` to be at least 0"),
+        (
+            lambda c: c["state"]["_extra_state"].update(n_draws="many"),
+            "is not: .*hold the number of draws as an integer",
+        ),
         (lambda c: c["state"]["_extra_state"].update(history="up"), "is not: .*hold the history as a list of floats"),
     ],
 )
@@ -168,13 +198,49 @@ def test_a_foreign_or_corrupt_file_raises(kind, file):
         GaussianMixture.load(file)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_wherever_a_file_is_cut_or_changed_it_raises(seed, file):
+    gmm, dice = GaussianMixture(3, 2), np.random.default_rng(seed)
+    gmm.save(file)
+    whole = file.read_bytes()
+    for _ in range(15):
+        place = int(dice.integers(len(whole)))
+        file.write_bytes(whole[:place])
+        with pytest.raises(
+            ValueError, match=r"Expected `path` to be a file that GaussianMixture.save has written, but"
+        ):
+            GaussianMixture.load(file)
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        try:  # a byte that pads the archive may change and nothing is lost
+            loaded = GaussianMixture.load(file)
+        except ValueError as error:
+            message = str(error)
+        else:
+            message = "Expected `path` to be a file"
+            assert_same_buffers(loaded, copy_of_buffers(gmm))
+        assert message.startswith("Expected `path` to be a file")
+
+
+def test_a_link_stays_one_and_its_file_is_replaced(file, tmp_path):
+    link = tmp_path / "link.pth"
+    GaussianMixture(3, 2).save(file)
+    link.symlink_to(file)
+    GaussianMixture(4, 2).save(link)
+    assert link.is_symlink()
+    assert GaussianMixture.load(file).n_components == 4
+
+
 def test_a_file_that_is_not_there_or_a_folder_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.pth"):
         GaussianMixture.load(tmp_path / "none.pth")
     with pytest.raises(IsADirectoryError):
         GaussianMixture.load(tmp_path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(
+        FileNotFoundError, match=r"Expected `path` in a folder that exists, but there is no .*no folder"
+    ):
         GaussianMixture(2, 2).save(tmp_path / "no folder" / "mixture.pth")
+    with pytest.raises(IsADirectoryError, match=r"Expected `path` to be a file, but .* is a folder"):
+        GaussianMixture(2, 2).save(tmp_path)
 
 
 def test_an_interrupted_save_leaves_the_older_file(file, monkeypatch, x):

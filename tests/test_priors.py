@@ -239,6 +239,20 @@ def test_decreasing_steps_over_equal_batches_are_one_exact_step_with_priors(fami
     assert_near(tuple(gmm.mixture()), tuple(twin.mixture()), 1e-12)
 
 
+@COMBINED
+def test_a_constant_step_size_gives_priors_the_weight_of_the_effective_size(family, combination, generator):
+    """Rows of known components, so that the fixed point is one exact step on each row 1 / ρ times."""
+    options = options_of(family, combination, generator)
+    gmm = random_layer(family, generator, reg_covar=0.0, **options)
+    twin = copy.deepcopy(gmm)
+    x = torch.randn(30, D, generator=generator).double()
+    labels = torch.full((30, K), -torch.inf).scatter(1, torch.arange(30)[:, None] % K, 0.0)
+    for _ in range(400):
+        gmm.em_step(x, step_size=0.1, log_prior=labels)
+    twin.em_step(x, torch.full((30,), 10.0), log_prior=labels)
+    assert_near(tuple(gmm.mixture()), tuple(twin.mixture()), 1e-10)
+
+
 def test_the_prior_outweighs_a_minibatch_as_it_would_its_effective_size(generator):
     """With a constant step size ρ over batches of n rows the sums count as n / ρ rows."""
     gmm = GaussianMixture(1, 1, "diag", mean_prior=10.0, mean_precision_prior=50.0, dtype=torch.float64)

@@ -157,11 +157,10 @@ def check_sample_weight(sample_weight: Tensor, shape: tuple[int, ...]) -> None:
         )
 
 
-def check_log_prior(log_prior: Any, shape: tuple[int, ...]) -> None:
-    """Raise unless ``log_prior`` is a floating tensor of ``shape``, that of responsibilities."""
-    if not isinstance(log_prior, Tensor) or not log_prior.is_floating_point():
-        kind = log_prior.dtype if isinstance(log_prior, Tensor) else type(log_prior).__name__
-        raise TypeError(f"Expected `log_prior` to be a floating tensor, but got {kind}.")
+def check_log_prior(log_prior: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless ``log_prior`` holds floating numbers and is of ``shape``, that of responsibilities."""
+    if not log_prior.is_floating_point():
+        raise TypeError(f"Expected `log_prior` to hold floating numbers, but got {log_prior.dtype}.")
     if tuple(log_prior.shape) != tuple(shape):
         raise ValueError(
             f"Expected `log_prior` of shape {tuple(shape)}, one number for each row and component, "

@@ -28,7 +28,7 @@ def check_dims(dims: Any, n_features: int) -> tuple[Tensor, Tensor]:
     if not places or len(set(places)) < len(places):
         raise ValueError(f"Expected `dims` to name at least one feature, and each once, but got {values}.")
     rest = [place for place in range(n_features) if place not in set(places)]
-    return torch.tensor(places), torch.tensor(rest, dtype=torch.int64)
+    return torch.tensor(places, device="cpu"), torch.tensor(rest, dtype=torch.int64, device="cpu")
 
 
 def marginal(parameters: Parameters, covariance: Covariance, dims: Tensor) -> tuple[Tensor, Tensor, Tensor]:

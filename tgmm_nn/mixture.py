@@ -201,7 +201,7 @@ class GaussianMixture(MixtureEM):
         try:
             gmm = cls(**{**options, "dtype": persistence.DTYPES[options["dtype"]], "device": "cpu"})
             gmm.load_state_dict(state)
-            persistence.check_valid(dict(gmm.named_buffers()))
+            persistence.check_valid(dict(gmm.named_buffers()), gmm.covariance)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"Expected `path` to be a file of a valid mixture, but {str(path)!r} is not: {error}"
