@@ -16,6 +16,7 @@ ORDER = (
     "covariance",
     "schedules",
     "priors",
+    "maximization",
     "functional",
     "marginals",
     "data",

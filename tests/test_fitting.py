@@ -18,7 +18,9 @@ from sklearn.mixture import GaussianMixture as SklearnGaussianMixture
 from tgmm_nn import GaussianMixture, learning
 
 SKLEARN = {"full": "full", "diag": "diag", "spherical": "spherical", "tied_full": "tied"}
-TO_THE_END = pytest.mark.filterwarnings("ignore:EM did not converge|The means are so far:UserWarning")
+TO_THE_END = pytest.mark.filterwarnings(
+    "ignore:EM did not converge|The means are so far|The rows of .* lie in a plane:UserWarning"
+)
 
 
 @pytest.fixture
@@ -505,6 +507,18 @@ def test_given_parameters_out_of_the_range_of_the_layer_raise_and_change_nothing
         pytest.raises(ValueError, match=r"Expected `means` and `covariances` in the range of torch.float32"),
     ):
         gmm.set_parameters([1.0], [[mean]], covariance)
+
+
+@pytest.mark.parametrize(
+    "rows", [lambda x: torch.full_like(x, 3.0), lambda x: x[:, :1].expand(-1, 2)], ids=["a point", "a line"]
+)
+def test_a_singular_covariance_is_said(rows, clusters):
+    gmm = GaussianMixture(1, 2, reg_covar=0.0, dtype=torch.float64)
+    with pytest.warns(
+        UserWarning, match=r"The rows of \[0\] \(by component\) lie in a plane or on a point, .*`reg_covar`"
+    ):
+        gmm.fit(rows(clusters))
+    GaussianMixture(1, 2, dtype=torch.float64).fit(rows(clusters))  # no warning with the default ridge
 
 
 @TO_THE_END

@@ -37,6 +37,12 @@ class Options(NamedTuple):
         ridge = (self.reg_covar, self.reg_covar_relative)
         return functional.maximize(statistics, current, self.covariance, *ridge, self.priors)
 
+    def singular(self, statistics: Statistics) -> list[int]:
+        """Return the elements, by component, that rows determine as singular covariances."""
+        ridge = (self.reg_covar, self.reg_covar_relative)
+        element, known = functional.estimate_covariances(statistics, self.covariance, *ridge, self.priors)
+        return (known & ~self.covariance.is_positive(element)).nonzero().flatten().tolist()
+
 
 class Fit(NamedTuple):
     """A finished run of EM.

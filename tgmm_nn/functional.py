@@ -7,7 +7,7 @@ the row's weight, and :math:`n_k = \sum_n r_{nk}`. Log-densities are in nats.
 The E-step comes in two forms with one result. `whitened_statistics` forms :math:`y = P_k^\top (x - \mu_k)` for every
 component and sums about each component's own mean: as accurate as the dtype can be. `moment_statistics` writes the
 mixture as an exponential family, with two matrix products in all: faster, and accurate where `conditioning` is
-moderate.
+moderate. The M-step is `maximize`, from `tgmm_nn.maximization`.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial, reduce
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tgmm_nn.covariance import Covariance
-from tgmm_nn.priors import NO_PRIORS, Priors
-from tgmm_nn.statistics import Statistics, accumulator_dtype, per_element
+from tgmm_nn.maximization import estimate_covariances, maximize, scatter
+from tgmm_nn.statistics import Parameters, Statistics, accumulator_dtype
 
 __all__ = [
     "Parameters",
     "conditioning",
     "distance",
+    "estimate_covariances",
     "expectation",
     "log_density",
     "log_joint",
@@ -42,24 +42,6 @@ __all__ = [
 
 LOG_2PI = math.log(2.0 * math.pi)
 LOG2_E = math.log2(math.e)
-
-
-class Parameters(NamedTuple):
-    """Parameters of a mixture of K components in d features.
-
-    Attributes:
-        weights: Mixing weights, shape ``(K,)``.
-        means: Means, shape ``(K, d)``.
-        factor: Factor of the precisions in the structure's shape, leading axis ``K``, or 1 when tied.
-    """
-
-    weights: Tensor
-    means: Tensor
-    factor: Tensor
-
-    def to(self, dtype: torch.dtype) -> Parameters:
-        """Return the same parameters in another dtype."""
-        return Parameters(*(p.to(dtype) for p in self))
 
 
 def mixture_mean(parameters: Parameters) -> Tensor:
@@ -256,73 +238,6 @@ def map_rows(
     return torch.cat([function(rows) for rows in x.split(size)])
 
 
-def maximize(
-    statistics: Statistics,
-    current: Parameters,
-    covariance: Covariance,
-    reg_covar: float = 0.0,
-    reg_covar_relative: bool = False,
-    priors: Priors = NO_PRIORS,
-) -> Parameters:
-    r"""Return the parameters that maximise the expected complete-data log-likelihood, or log-posterior.
-
-    .. math::
-        \pi_k = \frac{n_k}{\sum_j n_j}, \qquad \mu_k = o_k + \frac{S^{(1)}_k}{n_k}, \qquad
-        T_k = S^{(2)}_k - \frac{[S^{(1)}_k S^{(1)\top}_k]}{n_k}, \qquad
-        \Sigma_k = \frac{T_k}{n_k}, \quad \Sigma_{tied} = \frac{\sum_k T_k}{\sum_k n_k},
-
-    and then ``reg_covar`` is added to the diagonal. Priors are further rows in the sums and in the numbers that are
-    divided by: `tgmm_nn.priors.Priors` has their formulas.
-
-    A component that no row supports keeps its mean and covariance, or takes the mode of their prior, and gets weight 0,
-    or that of the prior. Where all weights would vanish they stay. A covariance that has no factor is lifted on its
-    diagonal once, else the current factor stays. Without any row or prior nothing changes.
-
-    Args:
-        statistics: Sums of an E-step.
-        current: Parameters to keep where the sums determine none.
-        covariance: Structure of the covariances.
-        reg_covar: Number added to the diagonal of each covariance.
-        reg_covar_relative: Read ``reg_covar`` as a fraction of the mean variance of the data, so that EM does not
-            depend on units.
-        priors: Conjugate priors, on the device of the sums.
-
-    Returns:
-        Parameters in the dtype of ``current``, computed in the dtype of the sums.
-    """
-    posterior = _with_priors(statistics, priors)
-    mode = priors.weights(statistics.count)
-    means, alive = _means(posterior)
-    mass = priors.degrees(statistics.count, covariance, means.shape[-1])
-    # A mean prior alone knows no covariance: where no row does either, the old one stays.
-    known = _supported(mass if priors.scale is not None else covariance.pool(statistics.count))
-    within = scatter(posterior, covariance)
-    element = within / per_element(torch.where(known, mass, 1.0), within)
-    ridge = reg_covar * _mean_variance(statistics, covariance) if reg_covar_relative else reg_covar
-    element = covariance.add_to_diagonal(element, ridge)
-    # Both factorisations are always made: to look whether the first succeeded would read a value on the host.
-    positive = per_element(covariance.is_positive(element), element)
-    factor, exists = covariance.factor(torch.where(positive, element, covariance.lift(element)))
-    narrow = current.means.dtype
-    factor = factor.to(narrow)
-    return Parameters(
-        torch.where(mode.sum() > 0, mode / mode.sum(), current.weights).to(narrow),
-        torch.where(alive[:, None], means, current.means).to(narrow),
-        torch.where(per_element(known & exists, factor), factor, current.factor),
-    )
-
-
-def scatter(statistics: Statistics, covariance: Covariance) -> Tensor:
-    r"""Return the scatter about the weighted means, summed over k when tied.
-
-    .. math:: T_k = S^{(2)}_k - [S^{(1)}_k S^{(1)\top}_k] / n_k
-    """
-    alive = _supported(statistics.count)
-    first = torch.where(alive[:, None], statistics.first, 0.0)
-    shift = first / torch.where(alive, statistics.count, 1.0)[:, None]
-    return statistics.second - covariance.pool(covariance.outer(first, shift))
-
-
 def distance(x: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
     """Return the Mahalanobis distance of one row per component, ``(K, d)``, from that component's mean, ``(K,)``."""
     away = x - parameters.means
@@ -348,11 +263,6 @@ def conditioning(scale: Tensor, parameters: Parameters, covariance: Covariance) 
 def _rows_per_chunk(width: int, element_size: int) -> int:
     """Return how many rows of ``width`` numbers stay below 4 MB, above which fresh arrays fault at each use."""
     return min(max(4_000_000 // (width * element_size), 256), 8192)
-
-
-def _supported(mass: Tensor) -> Tensor:
-    """Return which weights are large enough to divide by."""
-    return mass > torch.finfo(mass.dtype).tiny
 
 
 def _centre(x: Tensor, parameters: Parameters) -> tuple[Tensor, Parameters, Tensor]:
@@ -418,33 +328,3 @@ def _responsibilities(
         r = torch.where(usable, r * (weight / total), 0.0)
     log_likelihood, classification = (torch.where(usable, value * weight, 0.0).sum() for value in (log_p, largest))
     return r, log_likelihood, classification, usable
-
-
-def _with_priors(statistics: Statistics, priors: Priors) -> Statistics:
-    """Merge the pseudo-observations of the priors into the sums.
-
-    About the mean of both: however far a prior's mean is from the data, or a component from its own prior, only
-    positive terms are then added.
-    """
-    pseudo = priors.observations(statistics)
-    if pseudo is None:
-        return statistics
-    (ours, _), (theirs, _) = _means(statistics), _means(pseudo)
-    count = statistics.count + pseudo.count
-    share = torch.where(_supported(count), pseudo.count / torch.where(_supported(count), count, 1.0), 0.0)[:, None]
-    return statistics.about((1.0 - share) * ours + share * theirs).merge(pseudo)
-
-
-def _means(statistics: Statistics) -> tuple[Tensor, Tensor]:
-    """Return the weighted mean of each component, and which of them any row supports."""
-    alive = _supported(statistics.count)
-    shift = statistics.first / torch.where(alive, statistics.count, 1.0)[:, None]
-    return statistics.origin.to(shift.dtype) + shift, alive
-
-
-def _mean_variance(statistics: Statistics, covariance: Covariance) -> Tensor:
-    """Return the mean over features of the variance of all rows: within components plus between them."""
-    count, (means, _) = statistics.count, _means(statistics)
-    total = torch.where(count.sum() > 0, count.sum(), 1.0)
-    between = (count[:, None] * (means - count @ means / total).square()).sum(0).mean()
-    return (covariance.mean_diagonal(scatter(statistics, covariance)).sum() + between) / total

@@ -246,6 +246,12 @@ class MixtureEM(MixtureState):
                 f"EM did not converge in max_iter={self.max_iter} iterations (last change of the objective: "
                 f"{fit.last_change:.3g} nats per row, tol={self.tol:g}); {advice}."
             )
+        if singular := self._em_options().singular(fit.statistics):
+            yield (
+                f"The rows of {singular} (by component) lie in a plane or on a point, so that their covariance is "
+                "singular; it was lifted on its diagonal, or kept from before. Raise `reg_covar`, or set a "
+                "`covariance_prior`."
+            )
         dtype = self.means_.dtype
         away = functional.distance(
             fit.parameters.means.to(dtype).to(fit.parameters.means), fit.parameters, self.covariance

@@ -1,4 +1,4 @@
-r"""The additive sums that EM needs, and the algebra that chunks, minibatches and ranks share.
+r"""Parameters of a mixture, the additive sums that EM needs, and the algebra that chunks, batches and ranks share.
 
 Notation: :math:`r_{nk}` is the responsibility of component k for row n times the row's weight, :math:`o_k` the
 reference point, and :math:`[A]` the part of a matrix that a covariance structure keeps: all of it, its diagonal, or the
@@ -16,6 +16,7 @@ from torch import Tensor
 
 __all__ = [
     "Moments",
+    "Parameters",
     "Statistics",
     "accumulator_dtype",
     "hard_statistics",
@@ -39,6 +40,24 @@ class Moments(Protocol):
 
     def unpack(self, features: Tensor, n_features: int) -> Tensor:
         """Return the structure's parts from (sums of) features."""
+
+
+class Parameters(NamedTuple):
+    """Parameters of a mixture of K components in d features.
+
+    Attributes:
+        weights: Mixing weights, shape ``(K,)``.
+        means: Means, shape ``(K, d)``.
+        factor: Factor of the precisions in the structure's shape, leading axis ``K``, or 1 when tied.
+    """
+
+    weights: Tensor
+    means: Tensor
+    factor: Tensor
+
+    def to(self, dtype: torch.dtype) -> Parameters:
+        """Return the same parameters in another dtype."""
+        return Parameters(*(p.to(dtype) for p in self))
 
 
 class Statistics(NamedTuple):
