@@ -249,5 +249,5 @@ def test_step_sizes_are_none_a_number_up_to_one_or_a_tensor_that_is_not_read():
         checks.check_step_size(step_size)
     with refuses(ValueError, "Expected `step_size` to be above 0 and at most 1, but got 0.0."):
         checks.check_step_size(0.0)
-    with refuses(ValueError, "Expected `step_size` to hold one real number, but got shape (2,)."):
+    with refuses(ValueError, "Expected `step_size` to hold one real number, but got shape (2,) of torch.float32."):
         checks.check_step_size(torch.ones(2))

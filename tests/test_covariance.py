@@ -179,6 +179,34 @@ def test_an_indefinite_matrix_with_a_positive_diagonal_has_no_factor(name):
     assert not covariance.factor(matrix)[1].any()
 
 
+def test_a_factor_is_triangular_with_a_positive_diagonal(covariance, factor):
+    assert covariance.is_factor(factor).all()
+    for bad in (-factor, 0.0 * factor):
+        assert not covariance.is_factor(bad).any()
+    if factor.ndim == 3:
+        assert not covariance.is_factor(factor.mT).any()
+
+
+def test_variances_are_the_diagonal(covariance, elements):
+    assert_near(covariance.variances(elements).expand(-1, D), dense(elements, D).diagonal(dim1=-2, dim2=-1))
+
+
+def test_block_and_condition_are_those_of_dense_matrices(family, covariance, elements):
+    given, rest = torch.tensor([2, 0]), torch.tensor([1, 3])
+    c = dense(elements, D)
+    assert_near(dense(covariance.block(elements, given), 2), c[:, given[:, None], given])
+    regression, element = covariance.condition(elements, given, rest)
+    expected = c[:, rest[:, None], given] @ torch.linalg.inv(c[:, given[:, None], given])
+    assert_near(regression, expected)
+    assert_near(dense(element, 2), c[:, rest[:, None], rest] - expected @ c[:, given[:, None], rest])
+
+
+def test_inner_is_the_trace_of_the_product(covariance, elements):
+    other = elements.flip(0) + 0.1 * elements
+    trace = (dense(elements, D) @ dense(other, D)).diagonal(dim1=-2, dim2=-1).sum(-1)
+    assert_near(covariance.inner(elements, other, D), trace)
+
+
 def test_structures_are_frozen_and_equal_by_value(covariance):
     assert covariance == type(covariance)(tied=covariance.tied)
     with pytest.raises(AttributeError):

@@ -215,14 +215,17 @@ def test_a_stream_that_changes_between_passes_is_an_error(change, x, generator):
         def __iter__(self):
             self.passes += 1
             rows = x.clone()
-            if self.passes > 2:
+            if self.passes > (1 if change == "a row less" else 2):
                 rows = rows[1:] if change == "a row less" else rows.index_fill(0, torch.tensor([3]), torch.nan)
             return iter(rows.split(30))
 
     gmm = random_layer("full", generator)
     with (
         unchanged(gmm),
-        pytest.raises(ValueError, match="`x` to give the same finite rows in each pass, but after a pass"),
+        pytest.raises(
+            ValueError,
+            match=r"`x` to give the same rows in each pass, but after one of 140|`x` to be finite, but 1 of 30 rows",
+        ),
     ):
         gmm.fit(Changing())
 

@@ -52,7 +52,7 @@ def test_a_fit_leaves_the_layer_valid(family, dtype, options, data):
     gmm = GaussianMixture(n_components, x.shape[1], family, dtype=dtype, random_state=0, **options)
     with warnings.catch_warnings():
         warnings.filterwarnings(
-            "ignore", "EM did not converge|The means are so far from zero|The rows of .* lie in a plane"
+            "ignore", "EM did not converge|The means of .* are rounded|The rows of .* lie in a plane|EM left out"
         )
         gmm.fit(x.to(dtype))
     assert_valid(gmm, x.to(dtype))
@@ -78,7 +78,7 @@ def test_so_do_other_ways_of_fitting(family, options, data):
     gmm = GaussianMixture(n_components, x.shape[1], family, random_state=0, **options)
     with warnings.catch_warnings():
         warnings.filterwarnings(
-            "ignore", "EM did not converge|The means are so far from zero|The rows of .* lie in a plane"
+            "ignore", "EM did not converge|The means of .* are rounded|The rows of .* lie in a plane|EM left out"
         )
         gmm.fit(x)
     assert_valid(gmm, x)

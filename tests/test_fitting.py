@@ -19,7 +19,7 @@ from tgmm_nn import GaussianMixture, learning
 
 SKLEARN = {"full": "full", "diag": "diag", "spherical": "spherical", "tied_full": "tied"}
 TO_THE_END = pytest.mark.filterwarnings(
-    "ignore:EM did not converge|The means are so far|The rows of .* lie in a plane:UserWarning"
+    "ignore:EM did not converge|The means of .* are rounded|The rows of .* lie in a plane|EM left out:UserWarning"
 )
 
 
@@ -406,6 +406,9 @@ def test_not_converging_warns_once_over_all_starts(clusters):
         GaussianMixture(3, 2, n_init=4, max_iter=1, tol=0.0).fit(clusters)
     assert len(caught) == 1
     assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="EM did not converge") as caught:
+        GaussianMixture(3, 2, max_iter=1, tol=0.0).fit_predict(clusters)
+    assert caught[0].filename == __file__
 
 
 def test_an_interrupted_fit_changes_nothing(clusters, monkeypatch, generator):
@@ -480,7 +483,8 @@ def test_means_that_the_dtype_rounds_away_are_said(clusters):
     """The rows are in float64, the layer in float32: a warning, and none where the layer is wide enough."""
     x = clusters + 1e8
     with pytest.warns(
-        UserWarning, match=r"so far from zero that torch\.float32 rounds them by up to .* standard deviations"
+        UserWarning,
+        match=r"The means of \[0, 1, 2\] are rounded to torch\.float32 by up to .* of their standard deviations",
     ):
         GaussianMixture(3, 2, random_state=0, max_iter=500).fit(x)
     gmm = GaussianMixture(3, 2, random_state=0, max_iter=500, dtype=torch.float64).fit(x)
@@ -490,7 +494,7 @@ def test_means_that_the_dtype_rounds_away_are_said(clusters):
 @pytest.mark.parametrize("scale", [1e30, 1e45, 1e-45])
 def test_parameters_out_of_the_range_of_the_layer_raise_and_change_nothing(family, scale, clusters):
     gmm = GaussianMixture(3, 2, family, reg_covar=0.0, max_iter=500)
-    message = r"Expected `x` in the range of torch\.float32, but the mixture is not finite in it; rescale the features"
+    message = r"Expected `x` in the range of torch\.float32, but the mixture leaves it; rescale the features"
     for method in (gmm.fit, gmm.initialize):
         with unchanged(gmm), pytest.raises(ValueError, match=message):
             method(clusters * scale)
@@ -515,10 +519,48 @@ def test_given_parameters_out_of_the_range_of_the_layer_raise_and_change_nothing
 def test_a_singular_covariance_is_said(rows, clusters):
     gmm = GaussianMixture(1, 2, reg_covar=0.0, dtype=torch.float64)
     with pytest.warns(
-        UserWarning, match=r"The rows of \[0\] \(by component\) lie in a plane or on a point, .*`reg_covar`"
+        UserWarning, match=r"(?s)The rows of \[0\] \(by component, .*\) lie in a plane or on a point .*`reg_covar`"
     ):
         gmm.fit(rows(clusters))
     GaussianMixture(1, 2, dtype=torch.float64).fit(rows(clusters))  # no warning with the default ridge
+
+
+@TO_THE_END
+def test_rows_that_overflow_are_said(clusters):
+    x = torch.cat([clusters.float(), torch.full((1, 2), 1e17)])
+    options = {"init_means": clusters[:3], "init_covariances": 1e-6, "max_iter": 1}
+    with pytest.warns(UserWarning, match=r"EM left out 1 rows, whose squared distance .* overflows torch\.float32"):
+        GaussianMixture(3, 2, **options).fit(x)
+    with pytest.warns(UserWarning, match="EM left out 1 rows"):
+        GaussianMixture(3, 2, **options).fit(torch.utils.data.DataLoader(x, 64))
+
+
+def test_a_singular_covariance_of_float32_rows_is_said():
+    """Their sums carry seven digits: a factor may exist by rounding alone."""
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(500, 3, generator=generator)
+        x[:, 2] = 0.3 * x[:, 0] + 0.7 * x[:, 1]
+        with pytest.warns(UserWarning, match="lie in a plane or on a point to the precision of torch.float32"):
+            GaussianMixture(1, 3, reg_covar=0.0).fit(x)
+
+
+@pytest.mark.parametrize("n_features", [2, 50, 300])
+def test_an_ill_conditioned_covariance_is_valid(n_features):
+    """Features of other units, and strongly correlated ones: nothing is refused, lifted or warned of."""
+    i = torch.arange(n_features, dtype=torch.float64)
+    scale = torch.logspace(-3, 3, n_features, dtype=torch.float64)
+    matrix = 0.999 ** (i[:, None] - i).abs() * scale[:, None] * scale
+    gmm = GaussianMixture(1, n_features, dtype=torch.float64).set_parameters(
+        [1.0], torch.zeros(1, n_features), matrix[None]
+    )
+    assert_near(gmm.covariances_[0] / (scale[:, None] * scale), matrix / (scale[:, None] * scale), 1e-9)
+    samples, _ = gmm.sample(3 * n_features, generator=torch.Generator().manual_seed(0))
+    gmm.reg_covar = 0.0
+    gmm.fit(samples)
+    centred = samples - samples.mean(0)
+    expected = centred.mT @ centred / len(samples) / (scale[:, None] * scale)
+    assert_near(gmm.covariances_[0] / (scale[:, None] * scale), expected, 1e-6)
 
 
 @TO_THE_END
@@ -542,17 +584,33 @@ def test_an_objective_that_fell_says_what_to_do(clusters, monkeypatch):
 
 @pytest.mark.parametrize(
     ("option", "value", "error"),
-    [("max_iter", "a", TypeError), ("tol", -1.0, ValueError), ("cem", 1, TypeError), ("verbose", "no", TypeError)],
+    [
+        ("max_iter", "a", TypeError),
+        ("tol", -1.0, ValueError),
+        ("reg_covar", -5.0, ValueError),
+        ("chunk_size", -5, ValueError),
+        ("cem", 1, TypeError),
+        ("verbose", "no", TypeError),
+        ("random_state", 0.5, TypeError),
+    ],
 )
-@pytest.mark.parametrize("method", ["fit", "initialize"])
-def test_options_that_were_changed_are_checked_again(option, value, error, method, clusters):
+def test_options_that_are_changed_are_checked(option, value, error):
     gmm = GaussianMixture(3, 2)
-    setattr(gmm, option, value)
-    with unchanged(gmm), pytest.raises(error, match=f"`{option}`"):
-        getattr(gmm, method)(clusters)
+    before = getattr(gmm, option)
+    with pytest.raises(error, match=f"`{option}`"):
+        setattr(gmm, option, value)
+    assert getattr(gmm, option) == before
 
 
-@pytest.mark.parametrize("name", ["n_components", "n_features", "covariance_type"])
+def test_numbers_of_numpy_are_kept_as_those_of_python(clusters):
+    options = {"chunk_size": np.int64(10), "tol": np.float32(0.5), "n_init": np.int32(2), "random_state": np.int64(3)}
+    gmm = GaussianMixture(3, 2, **options, reg_covar=np.float64(1e-3)).fit(clusters)
+    gmm.em_step(clusters)
+    gmm(clusters)
+    assert [type(getattr(gmm, name)) for name in (*options, "reg_covar")] == [int, float, int, int, float]
+
+
+@pytest.mark.parametrize("name", ["n_components", "n_features", "covariance_type", "priors"])
 def test_what_shapes_the_layer_cannot_be_changed(name):
     gmm = GaussianMixture(3, 2)
     with pytest.raises(AttributeError):

@@ -11,6 +11,7 @@ from tgmm_nn import GaussianMixture, initialization
 from tgmm_nn.covariance import COVARIANCES
 from tgmm_nn.data import Candidates
 from tgmm_nn.initialization import Start
+from tgmm_nn.statistics import statistics_of
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def candidates(x, weights=None):
 def start(x, family, method="kmeans", *, seed=0, n_init=1, weights=None, **options):
     covariance, generator = COVARIANCES[family], torch.Generator().manual_seed(seed)
     chosen = Start.from_options(covariance, 3, 2, method, **options)
-    return chosen.statistics(candidates(x, weights), covariance, 3, n_init, generator)
+    return statistics_of(*chosen.mixture(candidates(x, weights), covariance, n_init, generator, 3), covariance)
 
 
 # ------------------------------------------------------------------------------------------------------ the means
@@ -223,9 +224,27 @@ def test_fewer_distinct_rows_than_components_do_not_warn():
     assert torch.isfinite(gmm.means_).all()
 
 
-def test_starting_options_can_be_changed_and_are_checked_again(x):
-    gmm = GaussianMixture(3, 2)
-    gmm.init_means = "kmean"
+def test_starting_options_can_be_changed_and_are_checked(x):
+    gmm = GaussianMixture(3, 2, n_init=4)
     with pytest.raises(ValueError, match="`init_means` to be one of 'kmeans', 'kpp', 'random', but got 'kmean'"):
-        gmm.initialize(x)
-    assert not gmm.fitted_
+        gmm.init_means = "kmean"
+    gmm.init_means, gmm.init_weights = x[:3].numpy(), [0.2, 0.3, 0.5]
+    assert isinstance(gmm.init_means, torch.Tensor)
+    assert "init_means=(3, 2)" in repr(gmm)
+    assert_near(gmm.initialize(x).weights_, torch.tensor([0.2, 0.3, 0.5]), 1e-7)
+    assert gmm.marginal(0).init_means == "kmeans"
+
+
+def test_a_start_of_weight_zero_keeps_its_mean_and_covariance(family, x):
+    covariance = COVARIANCES[family]
+    elements = covariance.public(covariance.identity(3, 2) * 2.5)
+    given = {"init_means": [[1.0, 0.0], [5.0, 1.0], [7.0, 2.0]], "init_covariances": elements, "dtype": torch.float64}
+    gmm = GaussianMixture(3, 2, family, init_weights=[1.0, 0.0, 0.0], **given).initialize(x)
+    assert gmm.means_.tolist() == given["init_means"]
+    assert_near(gmm.covariances_, elements.double())
+
+
+def test_each_distinct_row_is_a_mean_also_where_some_components_weigh_nothing():
+    x = torch.tensor([[5.0], [5.0], [6.0], [7.0]])
+    gmm = GaussianMixture(4, 1, init_weights="kmeans").initialize(x)
+    assert set(gmm.means_.flatten().tolist()) == {5.0, 6.0, 7.0}

@@ -209,6 +209,7 @@ def test_a_step_size_may_be_a_tensor(layer, rows, shape):
         ("0.5", TypeError, "`step_size` to be a number, but got '0.5'"),
         (True, TypeError, "`step_size` to be a number, but got True"),
         (torch.tensor([0.5, 0.5]), ValueError, r"`step_size` to hold one real number, but got shape \(2,\)"),
+        (torch.tensor(True), ValueError, r"`step_size` to hold one real number, but got shape \(\) of torch.bool"),
     ],
 )
 def test_bad_step_sizes_raise_and_change_nothing(step_size, error, message, generator, rows):
@@ -357,7 +358,7 @@ def test_a_tensor_step_size_out_of_range_changes_nothing(family, step_size, gene
     x = torch.randn(20, 2, generator=generator)
     gmm = GaussianMixture(2, 2, family, random_state=0).initialize(x)
     before = copy_of_buffers(gmm)
-    gmm.em_step(x, step_size=torch.tensor(step_size))
+    assert torch.isnan(gmm.em_step(x, step_size=torch.tensor(step_size)))
     assert_same_buffers(gmm, before)
 
 
@@ -384,3 +385,18 @@ def test_a_component_too_narrow_for_far_rows_keeps_finite_sums(family, dtype):
     for name, buffer in gmm.named_buffers():
         if name not in ("lower_bound", "objective"):
             assert bool(torch.isfinite(buffer).all()), name
+
+
+def test_em_step_goes_through_maximize(generator):
+    """A subclass may take its M-step elsewhere."""
+    taken = []
+
+    class Mine(GaussianMixture):
+        def maximize(self, statistics):
+            taken.append(statistics)
+
+    gmm = Mine(2, 2, random_state=0)
+    before = copy_of_buffers(gmm)
+    gmm.em_step(torch.randn(20, 2, generator=generator), step_size=0.5)
+    assert len(taken) == 1
+    assert_same_buffers(gmm, before, but=("n_updates", "running_step_size"))

@@ -157,6 +157,16 @@ def damaged(file, content):
             lambda c: c["state"]["factor_"].tril_().add_(torch.ones(2, 2).tril(-1)),
             "is not: Expected `factor_` to be the Ch",
         ),
+        (
+            lambda c: c["state"]["factor_"][0].copy_(torch.tensor([[1e3, 0.0], [5.0, 1e3]])),
+            "is not: Expected `factor_` to",
+        ),
+        (
+            lambda c: c["state"]["factor_"][0, 0, 0].fill_(-1e-3),
+            "is not: Expected `factor_` to be the Cholesky factor of p",
+        ),
+        (lambda c: c["state"]["_extra_state"].update(n_draws=-1), "is not: .*number of draws as an integer from 0 on"),
+        (lambda c: c["state"]["_extra_state"].update(n_components=torch.ones(2)), "is not: .*but got one with"),
         (lambda c: c["state"]["running_count"].neg_(), "is not: Expected `running_count` to be at least 0"),
         (
             lambda c: c["state"]["running_step_size"].fill_(7.0),
@@ -219,6 +229,25 @@ def test_wherever_a_file_is_cut_or_changed_it_raises(seed, file):
             message = "Expected `path` to be a file"
             assert_same_buffers(loaded, copy_of_buffers(gmm))
         assert message.startswith("Expected `path` to be a file")
+
+
+def test_check_sums_are_written_whatever_torch_is_told(file):
+    torch.serialization.set_crc32_options(False)
+    try:
+        GaussianMixture(3, 2).save(file)
+        assert not torch.serialization.get_crc32_options()
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert GaussianMixture.load(file).n_components == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_ill_conditioned_mixture_comes_back(family, dtype, file, generator):
+    x = torch.randn(300, 40, generator=generator).to(dtype) * torch.logspace(-4, 4, 40).to(dtype)
+    gmm = GaussianMixture(2, 40, family, dtype=dtype, reg_covar=1e-12, max_iter=500).fit(x)
+    gmm.em_step(x)
+    gmm.half().save(file)
+    assert_same_buffers(GaussianMixture.load(file), copy_of_buffers(gmm))
 
 
 def test_a_link_stays_one_and_its_file_is_replaced(file, tmp_path):

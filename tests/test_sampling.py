@@ -165,6 +165,14 @@ def test_a_seed_holds_for_the_same_mixture_up_to_rounding(family, generator):
     assert_near(near.sample(50)[0], gmm.sample(50)[0], 1e-7)
 
 
+def test_a_draw_that_fails_does_not_advance_the_stream(generator):
+    gmm = random_layer("full", generator, random_state=0)
+    twin = copy.deepcopy(gmm)
+    with pytest.raises(ValueError, match="a probability that float64 can represent"):
+        gmm.sample(2, std_range=(100.0, 101.0))
+    assert torch.equal(gmm.sample(5)[0], twin.sample(5)[0])
+
+
 def test_without_a_seed_two_mixtures_do_not_share_their_noise():
     layers = (
         GaussianMixture(1, 1).set_parameters([1.0], [[m]], [[[c]]]) for m, c in ((0.0, 1.0), (1.0, 1.0), (0.0, 4.0))

@@ -251,7 +251,10 @@ def check_weights(name: str, weights: Tensor) -> None:
 def check_step_size(step_size: Any) -> None:
     """Raise unless ``step_size`` is None, a number in (0, 1], or a tensor of one element (whose value is not read)."""
     if isinstance(step_size, Tensor):
-        if step_size.numel() != 1 or step_size.is_complex():
-            raise ValueError(f"Expected `step_size` to hold one real number, but got shape {tuple(step_size.shape)}.")
+        if step_size.numel() != 1 or step_size.is_complex() or step_size.dtype == torch.bool:
+            raise ValueError(
+                f"Expected `step_size` to hold one real number, but got shape {tuple(step_size.shape)} of "
+                f"{step_size.dtype}."
+            )
     elif step_size is not None:
         check_number("step_size", step_size, 0.0, 1.0, strict=True)

@@ -70,8 +70,8 @@ class Covariance(ABC):
         """Return the element of each ``a bᵀ``, for ``a`` and ``b`` of shape ``(..., d)``."""
 
     @abstractmethod
-    def mean_diagonal(self, element: Tensor) -> Tensor:
-        """Return the mean of each element's diagonal: the mean variance per feature."""
+    def variances(self, element: Tensor) -> Tensor:
+        """Return the different variances of each element, its diagonal, shape ``(..., d)`` or ``(..., 1)``."""
 
     @abstractmethod
     def add_to_diagonal(self, element: Tensor, value: float | Tensor) -> Tensor:
@@ -82,8 +82,12 @@ class Covariance(ABC):
         """Return elements as d × d matrices, shape ``(..., d, d)``."""
 
     @abstractmethod
-    def is_positive(self, covariance: Tensor) -> Tensor:
-        """Return which covariances are positive definite, one boolean per element."""
+    def is_positive(self, covariance: Tensor, eps: float | None = None) -> Tensor:
+        """Return which covariances are positive definite beyond rounding by ``eps``; None is that of their dtype."""
+
+    @abstractmethod
+    def is_factor(self, factor: Tensor) -> Tensor:
+        """Return which elements are factors: triangular, with a positive diagonal."""
 
     @abstractmethod
     def factor(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,6 +144,10 @@ class Covariance(ABC):
     @abstractmethod
     def unpack(self, features: Tensor, n_features: int) -> Tensor:
         """Return elements from (sums of) features, shape ``(..., F)``."""
+
+    def mean_diagonal(self, element: Tensor) -> Tensor:
+        """Return the mean of each element's diagonal: the mean variance per feature."""
+        return self.variances(element).mean(-1)
 
     def leading(self, n_components: int) -> int:
         """Return how many elements ``n_components`` components have."""
@@ -208,8 +216,8 @@ class Full(Covariance):
     def outer(self, a: Tensor, b: Tensor) -> Tensor:
         return a.unsqueeze(-1) * b.unsqueeze(-2)
 
-    def mean_diagonal(self, element: Tensor) -> Tensor:
-        return element.diagonal(dim1=-2, dim2=-1).mean(-1)
+    def variances(self, element: Tensor) -> Tensor:
+        return element.diagonal(dim1=-2, dim2=-1)
 
     def add_to_diagonal(self, element: Tensor, value: float | Tensor) -> Tensor:
         eye = torch.eye(element.shape[-1], dtype=element.dtype, device=element.device)
@@ -218,12 +226,14 @@ class Full(Covariance):
     def matrix(self, element: Tensor, n_features: int) -> Tensor:
         return element
 
-    def is_positive(self, covariance: Tensor) -> Tensor:
+    def is_positive(self, covariance: Tensor, eps: float | None = None) -> Tensor:
         lower, info = torch.linalg.cholesky_ex(covariance)
         # What is left of a variance given the features before it may be rounding alone, where rows lie in a plane.
-        pivots, variances = lower.diagonal(dim1=-2, dim2=-1).square(), covariance.diagonal(dim1=-2, dim2=-1)
-        noise = 10 * covariance.shape[-1] * torch.finfo(covariance.dtype).eps
-        return (info == 0) & (pivots > noise * variances).all(-1)
+        noise = 10 * covariance.shape[-1] * (eps or torch.finfo(covariance.dtype).eps)
+        return (info == 0) & (self.variances(lower).square() > noise * self.variances(covariance)).all(-1)
+
+    def is_factor(self, factor: Tensor) -> Tensor:
+        return (self.variances(factor) > 0).all(-1) & (factor.tril(-1) == 0).all(-1).all(-1)
 
     def factor(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
         lower, info = torch.linalg.cholesky_ex(covariance)
@@ -288,6 +298,12 @@ class Full(Covariance):
 class Uncorrelated(Covariance):
     """Diagonal and spherical matrices: their elements are variances, and features tell nothing of each other."""
 
+    def is_positive(self, covariance: Tensor, eps: float | None = None) -> Tensor:
+        return (self.variances(covariance) > 0).all(-1)
+
+    def is_factor(self, factor: Tensor) -> Tensor:
+        return (self.variances(factor) > 0).all(-1)
+
     def root(self, factor: Tensor) -> Tensor:
         return factor.reciprocal()
 
@@ -313,17 +329,14 @@ class Diagonal(Uncorrelated):
     def outer(self, a: Tensor, b: Tensor) -> Tensor:
         return a * b
 
-    def mean_diagonal(self, element: Tensor) -> Tensor:
-        return element.mean(-1)
+    def variances(self, element: Tensor) -> Tensor:
+        return element
 
     def add_to_diagonal(self, element: Tensor, value: float | Tensor) -> Tensor:
         return element + (value[..., None] if isinstance(value, Tensor) else value)
 
     def matrix(self, element: Tensor, n_features: int) -> Tensor:
         return torch.diag_embed(element)
-
-    def is_positive(self, covariance: Tensor) -> Tensor:
-        return (covariance > 0).all(-1)
 
     def factor(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
         factor = covariance.rsqrt()
@@ -372,17 +385,14 @@ class Spherical(Uncorrelated):
     def outer(self, a: Tensor, b: Tensor) -> Tensor:
         return (a * b).mean(-1)
 
-    def mean_diagonal(self, element: Tensor) -> Tensor:
-        return element
+    def variances(self, element: Tensor) -> Tensor:
+        return element.unsqueeze(-1)
 
     def add_to_diagonal(self, element: Tensor, value: float | Tensor) -> Tensor:
         return element + value
 
     def matrix(self, element: Tensor, n_features: int) -> Tensor:
         return element[..., None, None] * torch.eye(n_features, dtype=element.dtype, device=element.device)
-
-    def is_positive(self, covariance: Tensor) -> Tensor:
-        return covariance > 0
 
     def factor(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
         factor = covariance.rsqrt()

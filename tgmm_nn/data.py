@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tgmm_nn import checks
 from tgmm_nn.covariance import Diagonal
-from tgmm_nn.functional import scatter
+from tgmm_nn.maximization import scatter
 from tgmm_nn.statistics import Statistics, accumulator_dtype, hard_statistics, wider_dtype
 
 __all__ = ["Candidates", "Rows", "Survey", "is_stream", "survey", "untouched_generators"]
@@ -172,12 +172,14 @@ class Survey(NamedTuple):
     """What a first pass finds in rows that can be fitted.
 
     Attributes:
+        n_rows: Number of rows of positive weight.
         mean: Mean of each feature, shape ``(d,)``.
         variance: Variance of each feature, shape ``(d,)``.
         dtype: Dtype of the rows as they are computed with.
         candidates: Rows from which EM may start.
     """
 
+    n_rows: int
     mean: Tensor
     variance: Tensor
     dtype: torch.dtype
@@ -219,7 +221,7 @@ def survey(data: Rows, size: int, minimum: int) -> Survey:
     mean = sums[0].origin[0].to(weight.dtype) + sums[0].first[0] / weight
     variance = scatter(sums[0], Diagonal())[0] / weight
     found = Candidates.union(pending).smallest(size).sorted()
-    return Survey(mean, variance.clamp(min=0.0), found.rows.dtype, found)
+    return Survey(n_rows, mean, variance.clamp(min=0.0), found.rows.dtype, found)
 
 
 def _checked(rows: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -37,11 +37,12 @@ class Options(NamedTuple):
         ridge = (self.reg_covar, self.reg_covar_relative)
         return functional.maximize(statistics, current, self.covariance, *ridge, self.priors)
 
-    def singular(self, statistics: Statistics) -> list[int]:
-        """Return the elements, by component, that rows determine as singular covariances."""
+    def singular(self, statistics: Statistics, dtype: torch.dtype) -> list[int]:
+        """Return the elements that rows of a dtype determine as covariances which are singular to its precision."""
         ridge = (self.reg_covar, self.reg_covar_relative)
         element, known = functional.estimate_covariances(statistics, self.covariance, *ridge, self.priors)
-        return (known & ~self.covariance.is_positive(element)).nonzero().flatten().tolist()
+        positive = self.covariance.is_positive(element, torch.finfo(dtype).eps)
+        return (known & ~positive).nonzero().flatten().tolist()
 
 
 class Fit(NamedTuple):
@@ -98,10 +99,11 @@ def sum_over(
     hard: bool = False,
     moments: bool = False,
     chunk_size: int | None = None,
+    checked: bool = False,
 ) -> Statistics:
-    """Return the E-step's sums of one pass over all rows."""
+    """Return the E-step's sums of one pass over all rows; ``checked`` raises where one is not finite."""
     how: dict[str, Any] = {"hard": hard, "moments": moments, "chunk_size": chunk_size}
-    with data.batches() as batches:
+    with data.checked_batches() if checked else data.batches() as batches:
         sums = (functional.expectation(rows, parameters, covariance, weight, **how) for rows, weight in batches)
         total = next(sums, None)
         if total is None:
@@ -129,7 +131,7 @@ def fit_from(start: Parameters, data: Rows, found: Survey, options: Options, rep
         options: What shapes the run.
         report: Is told after each E-step.
     """
-    parameters, history, n_rows, covariance = start, list[float](), list[int](), options.covariance
+    parameters, history, covariance = start, list[float](), options.covariance
     bound = torch.finfo(found.dtype).eps ** -0.5
     narrower = functional.moment_width(parameters, covariance) <= parameters.means.numel()
 
@@ -138,10 +140,12 @@ def fit_from(start: Parameters, data: Rows, found: Survey, options: Options, rep
         scale = found.scale(functional.mixture_mean(parameters))  # moments are taken about the mixture's mean
         moments = narrower and bool(functional.conditioning(scale, parameters, covariance) <= bound)
         how: dict[str, Any] = {"hard": options.cem, "moments": moments, "chunk_size": options.chunk_size}
-        sums = sum_over(data, parameters, covariance, **how)
-        if data.streamed:
-            _check_pass(sums, n_rows)
-            n_rows.append(int(sums.rows))
+        sums = sum_over(data, parameters, covariance, checked=data.streamed, **how)
+        if data.streamed and (n_rows := int(sums.rows + sums.skipped)) != found.n_rows:
+            raise ValueError(
+                f"Expected `x` to give the same rows in each pass, but after one of {found.n_rows} rows a pass of "
+                f"{n_rows} followed."
+            )
         climbed = sums.classification if options.cem else sums.log_likelihood
         log_prior = options.priors.log_density(*parameters, covariance)
         history.append(float((climbed + log_prior) / sums.weight()))
@@ -157,16 +161,6 @@ def fit_from(start: Parameters, data: Rows, found: Survey, options: Options, rep
         if converged:
             break
     return Fit(parameters, statistics, history, float(expected.mean_log_likelihood()), converged)
-
-
-def _check_pass(sums: Statistics, n_rows: list[int]) -> None:
-    """Raise unless a pass gave as many rows as those before it, all of them finite."""
-    if int(sums.skipped) or (n_rows and int(sums.rows) != n_rows[0]):
-        first = n_rows[0] if n_rows else int(sums.rows + sums.skipped)
-        raise ValueError(
-            f"Expected `x` to give the same finite rows in each pass, but after a pass of {first} rows one of "
-            f"{int(sums.rows)} followed, and {int(sums.skipped)} that are not finite."
-        )
 
 
 @contextmanager

@@ -13,8 +13,8 @@ from torch import Tensor
 from tgmm_nn import checks
 from tgmm_nn.covariance import Covariance
 from tgmm_nn.data import Candidates
-from tgmm_nn.functional import scatter
-from tgmm_nn.statistics import Statistics, hard_statistics, per_element, statistics_of
+from tgmm_nn.maximization import scatter
+from tgmm_nn.statistics import Statistics, hard_statistics, per_element
 
 __all__ = ["Start", "n_candidates", "nearest"]
 
@@ -106,24 +106,22 @@ class Start(NamedTuple):
             covariances = covariance.given("init_covariances", covariances, k, d, like)
         return cls(means, weights, covariances)
 
-    def statistics(
-        self, found: Candidates, covariance: Covariance, n_components: int, n_init: int, generator: torch.Generator
-    ) -> Statistics:
-        """Return the sums, of total weight one, whose maximum-likelihood M-step is the start.
+    def mixture(
+        self, found: Candidates, covariance: Covariance, n_init: int, generator: torch.Generator, n_components: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return starting weights, means and covariances, without regularisation, in the dtype of sums.
 
         Args:
             found: Rows to start from, sorted.
             covariance: Structure of the covariances.
-            n_components: Number of components K.
             n_init: Number of draws of the means, of which the tightest is taken.
             generator: Source of randomness, on the CPU.
+            n_components: Number of components K.
         """
         means = self._means(found, n_components, n_init, generator)
         labels = nearest(found.rows, means)
         sums = hard_statistics(found.rows, labels, means, covariance, found.weights)
-        return statistics_of(
-            self._weights(sums), means.to(sums.first), self._covariances(found, labels, sums, covariance), covariance
-        )
+        return self._weights(sums), means.to(sums.first), self._covariances(found, labels, sums, covariance)
 
     @property
     def is_estimated(self) -> bool:

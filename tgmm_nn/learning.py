@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tgmm_nn import checks, functional
 from tgmm_nn.data import Rows, Survey, is_stream, survey
@@ -18,29 +20,45 @@ from tgmm_nn.fitting import Fit, Options, fit_from, progress, sum_over
 from tgmm_nn.functional import Parameters
 from tgmm_nn.initialization import Start, n_candidates
 from tgmm_nn.state import MixtureState
-from tgmm_nn.statistics import Statistics
+from tgmm_nn.statistics import Statistics, statistics_of
 
 __all__ = ["MixtureEM"]
 
 Self = TypeVar("Self", bound="MixtureEM")
 
 
+def option(name: str, check: Callable[[str, Any], None]) -> Any:
+    """Return a property whose values are checked when they are set, and kept as Python's own numbers."""
+
+    def write(self: nn.Module, value: Any) -> None:
+        check(name, value)
+        setattr(self, f"_{name}", value.item() if isinstance(value, np.generic) else value)
+
+    return property(lambda self: getattr(self, f"_{name}"), write)
+
+
+def check_verbose(name: str, value: Any) -> None:
+    """Raise unless ``value`` is True, False or ``"bar"``."""
+    if value != "bar":
+        checks.check_bool(name, value, alternative="'bar'")
+
+
 class MixtureEM(MixtureState):
     """Expectation-maximisation on the buffers; `tgmm_nn.GaussianMixture` documents the options."""
 
-    init_means: str | Tensor
-    init_weights: str | Tensor
-    init_covariances: str | Tensor
-    n_init: int
-    random_state: int | None
-    cem: bool
-    max_iter: int
-    tol: float
-    reg_covar: float
-    reg_covar_relative: bool
-    warm_start: bool
-    verbose: bool | Literal["bar"]
-    verbose_interval: int
+    n_init = option("n_init", checks.check_integer)
+    max_iter = option("max_iter", checks.check_integer)
+    tol = option("tol", checks.check_number)
+    reg_covar = option("reg_covar", checks.check_number)
+    reg_covar_relative = option("reg_covar_relative", checks.check_bool)
+    cem = option("cem", checks.check_bool)
+    warm_start = option("warm_start", checks.check_bool)
+    verbose = option("verbose", check_verbose)
+    verbose_interval = option("verbose_interval", checks.check_integer)
+    chunk_size = option("chunk_size", partial(checks.check_integer, optional=True))
+    random_state = option("random_state", partial(checks.check_integer, minimum=0, maximum=2**63 - 1, optional=True))
+
+    _start: Start
 
     @torch.no_grad()
     def statistics(self, x: Any, sample_weight: Any = None, log_prior: Any = None) -> Statistics:
@@ -119,7 +137,7 @@ class MixtureEM(MixtureState):
             x: Rows, shape ``(..., d)``; rows that are not finite are left out and counted in ``n_skipped``.
             sample_weight: Non-negative weight of each row, shape ``(...)``.
             step_size: Share of ``x`` in the running sums, in (0, 1]; None is exact EM on ``x``. A tensor is not read on
-                the host: where it is out of range nothing changes.
+                the host: out of range it counts as a batch without a usable row.
             log_prior: Log-prior of each row over components, shape ``(..., K)``; see `statistics`.
             sync: Whether to add the sums of all ranks; then every rank has to call this.
 
@@ -153,7 +171,7 @@ class MixtureEM(MixtureState):
         self.running_step_size.copy_(torch.where(usable, rho, before))
         self.n_updates.add_(usable)
         self.n_skipped.add_(batch.skipped.to(torch.int64))
-        return batch.mean_log_likelihood().to(self.means_.dtype)
+        return torch.where(valid, batch.mean_log_likelihood(), torch.nan).to(self.means_.dtype)
 
     @torch.no_grad()
     def initialize(self: Self, x: Any, *, sample_weight: Any = None) -> Self:
@@ -179,7 +197,6 @@ class MixtureEM(MixtureState):
         self.fitted.fill_(1)
         return self
 
-    @torch.no_grad()
     def fit(self: Self, x: Any, *, sample_weight: Any = None) -> Self:
         """Run EM on ``x`` from ``n_init`` starts and keep the best.
 
@@ -200,12 +217,30 @@ class MixtureEM(MixtureState):
                 to a finite mixture; nothing is changed then.
 
         Warns:
-            UserWarning: If ``max_iter`` M-steps did not converge.
+            UserWarning: If ``max_iter`` M-steps did not converge, rows had to be left out, a covariance is singular, or
+                the mixture's dtype rounds its means by a tenth of a standard deviation.
         """
+        for doubt in self._fit(x, sample_weight):
+            warnings.warn(doubt, stacklevel=2)
+        return self
+
+    def fit_predict(self, x: Any, *, sample_weight: Any = None) -> Tensor:
+        """Fit the mixture and return the most probable component of each row, shape ``(n,)``; see `fit`."""
+        if is_stream(x):
+            raise TypeError(f"Expected `x` as rows, but got {type(x).__name__}; call fit, then predict batch by batch.")
+        for doubt in self._fit(x, sample_weight):
+            warnings.warn(doubt, stacklevel=2)
+        return self.predict(x)
+
+    # --------------------------------------------------------------------------------------------------- inside
+
+    @torch.no_grad()
+    def _fit(self, x: Any, sample_weight: Any) -> list[str]:
+        """Run EM, write the best mixture, and return what a user should know of it."""
         data, options = self._data(x, sample_weight), self._em_options()
         found = self._survey(data)
         warm = self.warm_start and self.fitted_
-        n_starts = 1 if warm or isinstance(self.init_means, Tensor) else self.n_init
+        n_starts = 1 if warm or isinstance(self._start.means, Tensor) else self.n_init
         starts = iter([self._wide()]) if warm else (start for start, _ in self._starts(found, n_starts, 1))
         fits = []
         for number, start in enumerate(starts, start=1):
@@ -226,54 +261,35 @@ class MixtureEM(MixtureState):
             getattr(self, name).fill_(value)
         if self.verbose and n_starts > 1:
             print(f"EM: kept start {number} of {n_starts}, objective {best.objective:.6f} nats per row")
-        for doubt in self._doubts(best):
-            warnings.warn(doubt, stacklevel=3)  # torch.no_grad wraps this method
-        return self
+        return list(self._doubts(best, options, found.dtype))
 
-    def fit_predict(self, x: Any, *, sample_weight: Any = None) -> Tensor:
-        """Fit the mixture and return the most probable component of each row, shape ``(n,)``."""
-        if is_stream(x):
-            raise TypeError(f"Expected `x` as rows, but got {type(x).__name__}; call fit, then predict batch by batch.")
-        return self.fit(x, sample_weight=sample_weight).predict(x)
-
-    # --------------------------------------------------------------------------------------------------- inside
-
-    def _doubts(self, fit: Fit) -> Iterator[str]:
-        """Say what a user should know of a finished fit: no convergence, and what its dtype or data do not carry."""
+    def _doubts(self, fit: Fit, options: Options, dtype: torch.dtype) -> Iterator[str]:
+        """Say what a user should know of a fit of rows of a dtype: where it ended, and what was left out or rounded."""
         if not fit.converged:
             advice = "raise `max_iter` or `tol`" if fit.last_change > -self.tol else "it fell: raise `reg_covar`"
             yield (
                 f"EM did not converge in max_iter={self.max_iter} iterations (last change of the objective: "
                 f"{fit.last_change:.3g} nats per row, tol={self.tol:g}); {advice}."
             )
-        if singular := self._em_options().singular(fit.statistics):
+        if skipped := int(fit.statistics.skipped):
             yield (
-                f"The rows of {singular} (by component) lie in a plane or on a point, so that their covariance is "
-                "singular; it was lifted on its diagonal, or kept from before. Raise `reg_covar`, or set a "
-                "`covariance_prior`."
+                f"EM left out {skipped} rows, whose squared distance from the components overflows {dtype}; drop them, "
+                "or give them in float64."
             )
-        dtype = self.means_.dtype
-        away = functional.distance(
-            fit.parameters.means.to(dtype).to(fit.parameters.means), fit.parameters, self.covariance
-        )
-        if float(away.max()) > 0.1:
+        if singular := options.singular(fit.statistics, dtype):
             yield (
-                f"The means are so far from zero that {dtype} rounds them by up to {float(away.max()):.2g} standard "
-                "deviations; make the mixture with dtype=torch.float64, or centre the features."
+                f"The rows of {singular} (by component, 0 where all share one covariance) lie in a plane or on a "
+                f"point to the precision of {dtype}: their covariance is singular, and was lifted on its diagonal or "
+                "kept from before. Raise `reg_covar`, or set a `covariance_prior`."
             )
-
-    def _check_options(self) -> None:
-        """Raise if an option has the wrong type or range, also one that was changed since the layer was made."""
-        for name in ("n_init", "max_iter", "verbose_interval"):
-            checks.check_integer(name, getattr(self, name))
-        for name in ("cem", "reg_covar_relative", "warm_start"):
-            checks.check_bool(name, getattr(self, name))
-        for name in ("tol", "reg_covar"):
-            checks.check_number(name, getattr(self, name))
-        checks.check_integer("random_state", self.random_state, minimum=0, maximum=2**63 - 1, optional=True)
-        checks.check_integer("chunk_size", self.chunk_size, optional=True)
-        if self.verbose != "bar":
-            checks.check_bool("verbose", self.verbose, alternative="'bar'")
+        narrow = fit.parameters.means.to(self.means_.dtype).to(fit.parameters.means)
+        away = functional.distance(narrow, fit.parameters, self.covariance)
+        if rounded := (away > 0.1).nonzero().flatten().tolist():
+            yield (
+                f"The means of {rounded} are rounded to {self.means_.dtype} by up to {float(away.max()):.2g} of their "
+                "standard deviations: far from zero for their spread, or collapsed onto few rows. Make the mixture "
+                "with dtype=torch.float64, centre the features, or raise `reg_covar`."
+            )
 
     def _em_options(self) -> Options:
         ridge = (self.reg_covar, self.reg_covar_relative)
@@ -304,7 +320,6 @@ class MixtureEM(MixtureState):
 
     def _data(self, x: Any, sample_weight: Any) -> Rows:
         """Return training rows, or raise."""
-        self._check_options()
         data = Rows(x, sample_weight, self.n_features, self.means_)
         if data.shape is not None and len(data.shape) != 2:
             raise ValueError(f"Expected `x` of shape (n, {self.n_features}), but got {data.shape}.")
@@ -316,25 +331,23 @@ class MixtureEM(MixtureState):
 
     def _starts(self, found: Survey, n_starts: int, n_init: int) -> Iterator[tuple[Parameters, Statistics]]:
         """Give starts of EM, parameters and the sums of total weight one that they belong to."""
-        start = Start.from_options(
-            self.covariance,
-            self.n_components,
-            self.n_features,
-            self.init_means,
-            self.init_weights,
-            self.init_covariances,
-        )
         # Covariances that are given are taken as they are.
-        ridge = (self.reg_covar, self.reg_covar_relative) if start.is_estimated else (0.0, False)
+        ridge = (self.reg_covar, self.reg_covar_relative) if self._start.is_estimated else (0.0, False)
         generator = torch.Generator().manual_seed(self._seed())
         for _ in range(n_starts):
             with full_precision(self.means_.device):
-                sums = start.statistics(found.candidates, self.covariance, self.n_components, n_init, generator)
-                parameters = functional.maximize(sums, self._fresh(), self.covariance, *ridge)
-            yield parameters, sums
+                weights, means, elements = self._start.mixture(
+                    found.candidates, self.covariance, n_init, generator, self.n_components
+                )
+                # Equal weights here, since an M-step keeps neither mean nor covariance of one that weighs nothing.
+                equal = torch.full_like(weights, 1.0 / len(weights))
+                sums = statistics_of(equal, means, elements, self.covariance)
+                start = functional.maximize(sums, self._fresh(), self.covariance, *ridge)
+                sums = statistics_of(weights, means, elements, self.covariance)
+            yield Parameters(weights, start.means, start.factor), sums
 
     def _seed(self) -> int:
-        return torch.initial_seed() if self.random_state is None else int(self.random_state)
+        return torch.initial_seed() if self.random_state is None else self.random_state
 
 
 def _is_usable(statistics: Statistics) -> Tensor:

@@ -22,10 +22,21 @@ from tgmm_nn.state import CovarianceType
 
 __all__ = ["GaussianMixture"]
 
+STARTS = ("init_means", "init_weights", "init_covariances")
 
-def _plain(value: Any) -> Any:
-    """Return numbers of NumPy as Python's: a file that is read as weights only holds no others."""
-    return value.item() if hasattr(value, "item") and not isinstance(value, Tensor) else value
+
+def _starting(name: str) -> property:
+    """Return a property of a starting value, checked when it is set and read in the shape in which users see it."""
+
+    def read(self: GaussianMixture) -> str | Tensor:
+        value = self._start[STARTS.index(name)]
+        return self.covariance.public(value) if name == "init_covariances" and isinstance(value, Tensor) else value
+
+    def write(self: GaussianMixture, value: Any) -> None:
+        given = {start: getattr(self, start) for start in STARTS} | {name: value}
+        self._start = Start.from_options(self.covariance, self.n_components, self.n_features, **given)
+
+    return property(read, write)
 
 
 def _prior(field: str) -> property:
@@ -110,6 +121,9 @@ class GaussianMixture(MixtureEM):
         (torch.Size([200]), torch.Size([200, 2]), True)
     """
 
+    init_means = _starting("init_means")
+    init_weights = _starting("init_weights")
+    init_covariances = _starting("init_covariances")
     weight_concentration_prior = _prior("concentration")
     mean_prior = _prior("mean")
     mean_precision_prior = _prior("mean_precision")
@@ -148,7 +162,6 @@ class GaussianMixture(MixtureEM):
         self.tol, self.reg_covar, self.reg_covar_relative = tol, reg_covar, reg_covar_relative
         self.random_state, self.chunk_size = random_state, chunk_size
         self.cem, self.warm_start, self.verbose = cem, warm_start, verbose
-        self._check_options()
         size = (self.covariance, self.n_components, self.n_features)
         self._set_priors(
             Priors.from_options(
@@ -160,10 +173,7 @@ class GaussianMixture(MixtureEM):
                 degrees_of_freedom_prior=degrees_of_freedom_prior,
             )
         )
-        start = Start.from_options(*size, init_means, init_weights, init_covariances)
-        self.init_means, self.init_weights, self.init_covariances = start
-        if isinstance(start.covariances, Tensor):  # in the shape in which users see covariances
-            self.init_covariances = self.covariance.public(start.covariances)
+        self._start = Start.from_options(*size, init_means, init_weights, init_covariances)
 
     @property
     def covariance_prior(self) -> Tensor | None:
@@ -173,7 +183,7 @@ class GaussianMixture(MixtureEM):
     def options(self) -> dict[str, Any]:
         """Return the constructor's arguments, but for device and dtype, as plain values and tensors on the CPU."""
         names = [name for name in inspect.signature(GaussianMixture).parameters if name not in ("device", "dtype")]
-        return {name: _plain(getattr(self, name)) for name in names}
+        return {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:
         """Return every option."""
@@ -248,12 +258,14 @@ class GaussianMixture(MixtureEM):
             checks.check_integer("component", component, minimum=0, maximum=self.n_components - 1)
         bounds = sampling.check_shell(confidence, std_range, self.n_features)
         if generator is None:
-            generator = sampling.stream(self.random_state, self._n_draws, self.mixture())
-            self._n_draws += 1
+            source = sampling.stream(self.random_state, self._n_draws, self.mixture())
         elif not isinstance(generator, torch.Generator):
             raise TypeError(f"Expected `generator` to be a torch.Generator, but got {type(generator).__name__}.")
+        else:
+            source = generator
         with full_precision(self.means_.device):
-            rows, ids = sampling.draw(int(n), self._wide(), self.covariance, component, bounds, generator)
+            rows, ids = sampling.draw(int(n), self._wide(), self.covariance, component, bounds, source)
+        self._n_draws += generator is None  # only now: a shell that can't be drawn from changes nothing
         return rows.to(self.means_.dtype), ids
 
     @torch.no_grad()
@@ -333,9 +345,8 @@ class GaussianMixture(MixtureEM):
             "converged_": self.converged_,
             "n_iter_": self.n_iter_,
             "lower_bound_": self.lower_bound_,
-            "lower_bounds_": list(self.history_),
         }
-        options = {name: _plain(getattr(self, name)) for name in names}
+        options = {name: getattr(self, name) for name in names}
         options["random_state"] = None if self.random_state is None else self.random_state % 2**32  # NumPy's range
         return exchange.to_sklearn(self._wide(), self.covariance, self.covariance_type, options, attributes)
 

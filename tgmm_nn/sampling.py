@@ -29,7 +29,7 @@ def stream(random_state: int | None, n_draws: int, parameters: Parameters) -> to
     """Return the generator of draw number ``n_draws``.
 
     A given seed alone decides, so that its draws hold on other machines. Without one the parameters are mixed into
-    torch's seed: two mixtures of one process do not share their noise then.
+    torch's seed: two different mixtures of one process do not share their noise then.
     """
     if random_state is None:
         content = b"".join(parameter.detach().cpu().numpy().tobytes() for parameter in parameters)

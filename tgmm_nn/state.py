@@ -81,7 +81,7 @@ class MixtureState(MixtureDensity):
         checks.check_integer("n_features", n_features)
         checks.check_choice("covariance_type", covariance_type, COVARIANCES)
         self.covariance = COVARIANCES[covariance_type]
-        self.priors, self._priors_on_device = NO_PRIORS, NO_PRIORS
+        self._priors, self._priors_on_device = NO_PRIORS, NO_PRIORS
         self.chunk_size: int | None = None
         self.history_: list[float] = []
         self._n_draws = 0
@@ -277,13 +277,18 @@ class MixtureState(MixtureDensity):
         self._move_priors()
         return self
 
+    @property
+    def priors(self) -> Priors:
+        """The conjugate priors, broadcast, on the CPU in float64; set at construction."""
+        return self._priors
+
     def _set_priors(self, priors: Priors) -> None:
-        self.priors = priors
+        self._priors = priors
         self._move_priors()
 
     def _move_priors(self) -> None:
         """Keep a copy of the priors beside the buffers, so that no step has to move them."""
-        self._priors_on_device = self.priors.to(self.means_.device)
+        self._priors_on_device = self._priors.to(self.means_.device)
 
     # --------------------------------------------------------------------------------------------------- inside
 
@@ -317,10 +322,10 @@ class MixtureState(MixtureDensity):
         """Raise, naming what they come from, if parameters are not finite in the dtype of the buffers."""
         narrow = parameters.to(self.means_.dtype)
         elements = self.covariance.square(self.covariance.root(parameters.factor)).to(self.means_.dtype)
-        finite = [bool(torch.isfinite(values).all()) for values in (*narrow, elements)]
-        if not all(finite):
+        in_range = [bool(torch.isfinite(values).all()) for values in (*narrow, elements)]
+        if not all(in_range) or not bool((self.covariance.variances(elements) > 0).all()):
             raise ValueError(
-                f"Expected {name} in the range of {self.means_.dtype}, but the mixture is not finite in it; rescale "
+                f"Expected {name} in the range of {self.means_.dtype}, but the mixture leaves it; rescale "
                 "the features, or make the mixture with dtype=torch.float64."
             )
 
@@ -332,7 +337,7 @@ class MixtureState(MixtureDensity):
     def _begin(self, statistics: Statistics) -> None:
         """Keep sums of total weight one as the running ones, and forget how an earlier mixture was reached."""
         self._keep(statistics.count, statistics.first, statistics.second, statistics.origin)
-        self.running_step_size.zero_()  # no batch's share: see GaussianMixture._decayed
+        self.running_step_size.zero_()  # no batch's share: see MixtureEM._decayed
         for counter in (self.n_updates, self.n_iter, self.converged):
             counter.zero_()
         self.lower_bound.fill_(torch.nan)
