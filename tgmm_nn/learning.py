@@ -130,8 +130,8 @@ class MixtureEM(MixtureState):
         :math:`\gamma_t = \rho_{t-1} (1 / \rho_t - 1)`, and the M-step is taken at them: for batches of equal size ``x``
         has the share :math:`\rho_t`, a shorter batch a smaller one, and priors meet sums of the effective size
         :math:`n / \rho_t`. The first batch after `fit`, `initialize` or `set_parameters` has exactly that share; after
-        an exact step or `maximize` the rows of that step count as they are. In a
-        ``torch.distributed`` world the sums of all ranks are added first.
+        an exact step or `maximize` the rows of that step count as they are. In a ``torch.distributed`` world the sums of
+        all ranks are added first.
 
         Args:
             x: Rows, shape ``(..., d)``; rows that are not finite are left out and counted in ``n_skipped``.
@@ -156,22 +156,20 @@ class MixtureEM(MixtureState):
         batch = self._expect(x, sample_weight, log_prior)
         if sync and is_distributed():
             batch = batch.unflatten(sum_over_ranks(batch.flatten()))
-        total = batch.weight()
         # In the dtype of the sums: a share of 0.3 in float32 is off by 1e-8, and the next step multiplies by it.
         if isinstance(step_size, Tensor):
-            rho = step_size.detach().to(total).reshape(1)
+            rho = step_size.detach().to(batch.count).reshape(1)
+            # It is not read: out of range it counts as a batch without rows.
+            batch = batch.scale(torch.where((rho > 0) & (rho <= 1), 1.0, 0.0).squeeze())
         else:
-            rho = total.new_full((1,), 1.0 if step_size is None else step_size)
-        # A share given as a tensor is not read: out of range it counts as a batch without rows.
-        valid = ((total > 0) & (rho > 0) & (rho <= 1)).squeeze()
-        sums = batch if step_size is None else batch.merge(self._decayed(rho, total))
-        sums = sums.scale(torch.where(valid, 1.0, 0.0))
+            rho = batch.count.new_full((1,), 1.0 if step_size is None else step_size)
+        sums = batch if step_size is None else batch.merge(self._decayed(rho, batch.weight()))
         usable, before = _is_usable(sums), self.running_step_size.clone()
         self.maximize(sums)
         self.running_step_size.copy_(torch.where(usable, rho, before))
         self.n_updates.add_(usable)
         self.n_skipped.add_(batch.skipped.to(torch.int64))
-        return torch.where(valid, batch.mean_log_likelihood(), torch.nan).to(self.means_.dtype)
+        return batch.mean_log_likelihood().to(self.means_.dtype)
 
     @torch.no_grad()
     def initialize(self: Self, x: Any, *, sample_weight: Any = None) -> Self:
