@@ -130,8 +130,8 @@ class MixtureEM(MixtureState):
         :math:`\gamma_t = \rho_{t-1} (1 / \rho_t - 1)`, and the M-step is taken at them: for batches of equal size ``x``
         has the share :math:`\rho_t`, a shorter batch a smaller one, and priors meet sums of the effective size
         :math:`n / \rho_t`. The first batch after `fit`, `initialize` or `set_parameters` has exactly that share; after
-        an exact step or `maximize` the rows of that step count as they are. In a ``torch.distributed`` world the sums of
-        all ranks are added first.
+        an exact step or `maximize` the rows of that step count as they are. In a ``torch.distributed`` world the sums
+        of all ranks are added first.
 
         Args:
             x: Rows, shape ``(..., d)``; rows that are not finite are left out and counted in ``n_skipped``.
