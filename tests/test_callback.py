@@ -397,3 +397,217 @@ def test_embeddings_of_the_wrong_width_raise():
     model.gmm = GaussianMixture(3, 5)
     with pytest.raises(ValueError, match=r"Expected `x` of shape \(..., 5\)"):
         trainer(EMCallback()).fit(model, loader())
+
+
+# ------------------------------------------------------------------------------------------------ the schedule
+
+
+def updates_by_epoch(model, callback, max_epochs=6):
+    """Return how many updates each epoch made."""
+    counts = []
+
+    class Count(lightning.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            counts.append(int(pl_module.gmm.n_updates) - sum(counts))
+
+    trainer(callback, Count(), max_epochs=max_epochs).fit(model, loader())
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"start_epoch": 1, "stop_epoch": 4}, [0, 5, 5, 5, 0, 0]),
+        ({"every_n_epochs": 2}, [5, 0, 5, 0, 5, 0]),
+        ({"start_epoch": 1, "every_n_epochs": 3}, [0, 5, 0, 0, 5, 0]),
+        ({"every_n_steps": 3}, [1, 2, 2, 1, 2, 2]),  # of the steps 1 to 30 those that 3 divides
+        ({"every_n_steps": 10, "every_n_epochs": 2}, [0, 0, 0, 0, 0, 0]),  # 10, 20 and 30 end the epochs between
+        ({"mode": "full", "every_n_epochs": 2, "stop_epoch": 4}, [1, 0, 1, 0, 0, 0]),
+    ],
+    ids=str,
+)
+def test_em_runs_in_the_epochs_and_steps_that_were_asked_for(options, expected):
+    assert updates_by_epoch(started(), EMCallback(**options)) == expected
+
+
+def test_an_update_at_every_third_step_sees_the_rows_of_that_step():
+    model = started()
+    by_hand = copy.deepcopy(model.gmm)
+    trainer(EMCallback(every_n_steps=3, step_size=0.2)).fit(model, loader())
+    for z in model.seen[2::3]:
+        by_hand.em_step(z, step_size=0.2)
+    assert_same_state(state(model.gmm), state(by_hand))
+
+
+def test_the_bank_holds_only_rows_of_epochs_in_which_em_runs():
+    model = started()
+    by_hand = copy.deepcopy(model.gmm)
+    trainer(EMCallback(mode="full", every_n_epochs=2), max_epochs=3).fit(model, loader())
+    for epoch in (0, 2):
+        by_hand.em_step(torch.cat(model.seen[5 * epoch : 5 * epoch + 5]))
+    assert_same_state(state(model.gmm), state(by_hand))
+
+
+def test_a_likelihood_is_logged_also_where_no_update_is_due():
+    run = trainer(EMCallback(every_n_epochs=5, prefix="em"), max_epochs=2)
+    run.fit(started(), loader())
+    assert torch.isfinite(run.logged_metrics["em/log_likelihood"])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"stop_epoch": 0}, ValueError, "`stop_epoch` to be at least 1, but got 0"),
+        ({"start_epoch": 3, "stop_epoch": 3}, ValueError, "`stop_epoch` above start_epoch=3, but got 3"),
+        ({"stop_epoch": 2.5}, TypeError, "`stop_epoch` to be an integer or None, but got 2.5"),
+        ({"every_n_epochs": 0}, ValueError, "`every_n_epochs` to be at least 1, but got 0"),
+        ({"every_n_steps": 0}, ValueError, "`every_n_steps` to be at least 1, but got 0"),
+        (
+            {"every_n_steps": 2, "mode": "full"},
+            ValueError,
+            "`every_n_steps` only with mode='minibatch', .*; set every_n_steps=1",
+        ),
+        (
+            {"step_size": 0.1, "mode": "full"},
+            ValueError,
+            "`step_size` only with mode='minibatch', .*; set step_size=null",
+        ),
+        ({"n_iterations": 2}, ValueError, "`n_iterations` only with mode='full', but got 2 with mode='minibatch'"),
+        ({"output_key": -1}, ValueError, "`output_key` to be at least 0, but got -1"),
+        ({"output_key": 1.5}, TypeError, "`output_key` to be an integer, but got 1.5"),
+        (
+            {"output_key": "z", "embeddings": "outputs:z"},
+            ValueError,
+            "`output_key` only where `embeddings` names a submodule",
+        ),
+        ({"channel_dim": None}, TypeError, "`channel_dim` to be an integer, but got None"),
+        ({"normalize": 1}, TypeError, "`normalize` to be True or False, but got 1"),
+        ({"max_rows_per_step": 0}, ValueError, "`max_rows_per_step` to be at least 1, but got 0"),
+        ({"embeddings": ""}, TypeError, "`embeddings` to be a non-empty string"),
+    ],
+)
+def test_bad_options_of_schedule_and_source_raise_at_construction(options, error, message):
+    with pytest.raises(error, match=message):
+        EMCallback(**options)
+
+
+# -------------------------------------------------------------------------------------------------- the source
+
+
+class Wrapped(torch.nn.Module):
+    """Calls a module and gives its output in a container, or as a map."""
+
+    def __init__(self, module, form):
+        super().__init__()
+        self.module, self.form = module, form
+
+    def forward(self, x):
+        return self.form(self.module(x))
+
+
+def cut_into(z):
+    """Make a map ``(1, d, 1, n)`` of rows ``(n, d)``."""
+    return z.mT[None, :, None]
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        (lambda z: {"z": z, "other": None}, {"output_key": "z"}),
+        (lambda z: (None, z), {"output_key": 1}),
+        (lambda z: [z], {"output_key": 0}),
+        (cut_into, {"channel_dim": 1}),
+        (lambda z: z[:, None], {}),
+        (lambda z: {"map": cut_into(z)}, {"output_key": "map", "channel_dim": -3}),
+    ],
+    ids=["dict", "tuple", "list", "map", "sequence", "map in a dict"],
+)
+def test_embeddings_are_found_in_containers_and_maps(form, options):
+    model, plain = started(), started()
+    plain.gmm.load_state_dict(model.gmm.state_dict())
+    model.idle = Wrapped(torch.nn.Identity(), form)
+    step = model.training_step
+
+    def training_step(batch, batch_idx):
+        outputs = step(batch, batch_idx)
+        model.idle(outputs["z"])
+        return outputs
+
+    model.training_step = training_step
+    trainer(EMCallback(embeddings="idle", **options)).fit(model, loader())
+    trainer(EMCallback()).fit(plain, loader())
+    assert_same_state(state(model.gmm), state(plain.gmm))
+
+
+def test_several_calls_in_a_step_are_joined():
+    model = started()
+    by_hand = copy.deepcopy(model.gmm)
+
+    def training_step(batch, batch_idx):
+        views = [model.encoder(batch[0]), model.encoder(-batch[0])]
+        model.seen.append(torch.cat(views).detach())
+        return views[0].square().mean()
+
+    model.training_step = training_step
+    trainer(EMCallback(step_size=0.1)).fit(model, loader())
+    for z in model.seen:
+        by_hand.em_step(z, step_size=0.1)
+    assert_same_state(state(model.gmm), state(by_hand))
+
+
+@pytest.mark.parametrize("mode", ["minibatch", "full"])
+def test_normalized_rows_have_unit_length(mode):
+    model = started()
+    by_hand = copy.deepcopy(model.gmm)
+    trainer(EMCallback(mode=mode, normalize=True), max_epochs=1).fit(model, loader())
+    unit = [z / z.norm(dim=-1, keepdim=True) for z in model.seen]
+    for t, z in enumerate(unit if mode == "minibatch" else [torch.cat(unit)]):
+        by_hand.em_step(z, step_size=PolynomialDecay()(t) if mode == "minibatch" else None)
+    for name, buffer in by_hand.named_buffers():
+        torch.testing.assert_close(getattr(model.gmm, name), buffer, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+def test_at_most_so_many_rows_of_a_step_are_taken_by_its_number_alone():
+    """A resumed run draws the rows that the run it goes on from would have drawn, and no generator is touched."""
+    models = [started() for _ in range(2)]
+    models[1].gmm.load_state_dict(models[0].gmm.state_dict())
+    counts = []
+    for model in models:
+        em_step = model.gmm.em_step
+        model.gmm.em_step = lambda z, em_step=em_step, **options: counts.append(len(z)) or em_step(z, **options)
+        torch.rand(len(counts) + 1)
+        trainer(EMCallback(max_rows_per_step=4)).fit(model, loader())
+    assert counts == [4] * 20
+    assert_same_state(*(state(model.gmm) for model in models))
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "error", "message"),
+    [
+        (
+            lambda z: {"z": z},
+            {"output_key": "y"},
+            ValueError,
+            r"output of 'idle' to hold output_key='y', but got \['z'\]",
+        ),
+        (lambda z: (z,), {"output_key": 1}, ValueError, "output of 'idle' to hold output_key=1, but got 1 elements"),
+        (lambda z: z, {"output_key": "z"}, ValueError, "output of 'idle' to hold output_key='z', but got Tensor"),
+        (
+            lambda z: {"z": z},
+            {},
+            TypeError,
+            "'idle' to give a tensor with dimension channel_dim=-1, but got dict; .*`output",
+        ),
+        (lambda z: z, {"channel_dim": 2}, TypeError, r"dimension channel_dim=2, but got one of shape \(10, 2\)"),
+    ],
+)
+def test_an_output_without_the_embeddings_says_what_there_is(form, options, error, message):
+    model = started()
+    model.idle = Wrapped(torch.nn.Identity(), form)
+
+    def training_step(batch, batch_idx):
+        model.idle(model.encoder(batch[0]))
+
+    model.training_step = training_step
+    with pytest.raises(error, match=message):
+        trainer(EMCallback(embeddings="idle", **options)).fit(model, loader())

@@ -35,16 +35,24 @@ class EMCallback(lightning.Callback):
     Args:
         module: Name of the `GaussianMixture` in the LightningModule.
         embeddings: Dotted name of the submodule whose output, ``(..., d)``, is clustered; or ``"outputs:<key>"`` for a
-            key of what ``training_step`` returned.
+            key of what ``training_step`` returned. Several calls in a step are joined.
         mode: ``"minibatch"`` makes one stepwise EM update per optimizer step. ``"full"`` keeps the rows of the epoch
             and makes ``n_iterations`` exact EM updates on them at its last batch.
         start_epoch: First epoch, from 0, in which the mixture is started and updated; a float in (0, 1) is the share of
             ``max_epochs`` that has passed at that epoch's end.
+        stop_epoch: First epoch without EM again; None goes on to the end.
+        every_n_epochs: EM runs in every so many epochs, counted from the first; the others are not looked at.
+        every_n_steps: In ``"minibatch"``, an update is made at every so many optimizer steps of the training, from the
+            rows of that step.
         step_size: Constant share of a batch in ``"minibatch"``; None takes the decreasing :math:`(t + t_0)^{-\kappa}`.
         decay: :math:`\kappa` of that schedule, in (0.5, 1].
         offset: :math:`t_0` of that schedule, at least 1.
         n_iterations: EM updates per epoch in ``"full"``.
         init_samples: Rows over all ranks that start a fresh mixture.
+        output_key: Key, or place, of the embeddings where the submodule returns a dictionary, a tuple or a list.
+        channel_dim: Dimension that holds the features: -1 for ``(..., d)``, 1 for maps ``(B, d, H, W)``.
+        normalize: Whether to scale each row to unit length.
+        max_rows_per_step: Most rows that EM takes from a step of this rank; of more, as many are drawn.
         prefix: What the logged names start with.
         prog_bar: Whether the progress bar shows the log-likelihood.
 
@@ -68,37 +76,40 @@ class EMCallback(lightning.Callback):
         mode: Literal["minibatch", "full"] = "minibatch",
         *,
         start_epoch: int | float = 0,
+        stop_epoch: int | None = None,
+        every_n_epochs: int = 1,
+        every_n_steps: int = 1,
         step_size: float | None = None,
         decay: float = 0.6,
         offset: float = 10.0,
         n_iterations: int = 1,
         init_samples: int = 10_000,
+        output_key: str | int | None = None,
+        channel_dim: int = -1,
+        normalize: bool = False,
+        max_rows_per_step: int | None = None,
         prefix: str = "em",
         prog_bar: bool = True,
     ) -> None:
-        for name, value in (("module", module), ("embeddings", embeddings), ("prefix", prefix)):
+        for name, value in (("module", module), ("prefix", prefix)):
             checks.check_string(name, value)
         checks.check_choice("mode", mode, ("minibatch", "full"))
-        if isinstance(start_epoch, float):
-            checks.check_share("start_epoch", start_epoch)
-        else:
-            checks.check_integer("start_epoch", start_epoch, minimum=0)
         if step_size is not None:
             checks.check_number("step_size", step_size, 0.0, 1.0, strict=True)
-        checks.check_integer("n_iterations", n_iterations)
-        checks.check_integer("init_samples", init_samples)
+        for name, number in (("n_iterations", n_iterations), ("init_samples", init_samples)):
+            checks.check_integer(name, number)
         checks.check_bool("prog_bar", prog_bar)
-        if mode == "full" and step_size is not None:
-            raise ValueError(f"Expected `step_size` only with mode='minibatch', but got {step_size} with mode='full'.")
-        if mode == "minibatch" and n_iterations != 1:
-            raise ValueError(
-                f"Expected `n_iterations` only with mode='full', but got {n_iterations} with mode='minibatch'."
-            )
+        _check_epochs(start_epoch, stop_epoch)
+        for name, number in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
+            checks.check_integer(name, number)
+        _check_mode("minibatch", mode, step_size=(step_size, None), every_n_steps=(every_n_steps, 1))
+        _check_mode("full", mode, n_iterations=(n_iterations, 1))
         self.module, self.mode, self.start_epoch = module, mode, start_epoch
+        self.stop_epoch, self.every_n_epochs, self.every_n_steps = stop_epoch, every_n_epochs, every_n_steps
         self.step_size, self.schedule = step_size, PolynomialDecay(decay, offset)
         self.n_iterations, self.init_samples = n_iterations, init_samples
         self.prefix, self.prog_bar = prefix, prog_bar
-        self.source = Embeddings(embeddings)
+        self.source = Embeddings(embeddings, output_key, channel_dim, normalize, max_rows_per_step)
         self._bank: list[Tensor] = []
         self._started = False
         self._last_step = 0
@@ -140,8 +151,9 @@ class EMCallback(lightning.Callback):
             return
         self._last_step = trainer.global_step
         gmm = find_mixture(pl_module, self.module)
-        rows = self._take(gmm)
-        value = self._update(gmm, rows, last) if trainer.current_epoch >= self._first_epoch else None
+        rows = self._take(gmm, trainer.global_step)
+        due = trainer.global_step % self.every_n_steps == 0
+        value = self._update(gmm, rows, due, last) if self._runs_in(trainer.current_epoch) else None
         value = _mean_log_density(gmm, rows) if value is None else value
         # A batch without a usable row repeats the value before it: a logged nan would end an EarlyStopping.
         self._last_value = value if self._last_value is None else torch.where(value.isnan(), self._last_value, value)
@@ -168,7 +180,13 @@ class EMCallback(lightning.Callback):
 
     # --------------------------------------------------------------------------------------------------- inside
 
-    def _update(self, gmm: GaussianMixture, rows: Tensor, last: bool) -> Tensor | None:
+    def _runs_in(self, epoch: int) -> bool:
+        """Return whether EM runs in an epoch."""
+        since = epoch - self._first_epoch
+        stopped = self.stop_epoch is not None and epoch >= self.stop_epoch
+        return since >= 0 and since % self.every_n_epochs == 0 and not stopped
+
+    def _update(self, gmm: GaussianMixture, rows: Tensor, due: bool, last: bool) -> Tensor | None:
         """Start the mixture or move it; return the mean log-likelihood before an update, None where there was none."""
         if not self._started or self.mode == "full":
             self._bank.append(rows)
@@ -179,6 +197,8 @@ class EMCallback(lightning.Callback):
         if not self._started:
             return None
         if self.mode == "minibatch":
+            if not due:
+                return None
             return gmm.em_step(
                 rows, step_size=self.step_size or self.schedule(gmm.n_updates.to(gmm.running_count.dtype))
             )
@@ -219,8 +239,8 @@ class EMCallback(lightning.Callback):
         if self.mode == "minibatch":
             self._bank = []
 
-    def _take(self, gmm: GaussianMixture) -> Tensor:
-        rows = self.source.take()
+    def _take(self, gmm: GaussianMixture, step: int) -> Tensor:
+        rows = self.source.take(step)
         if rows is not None:
             return rows
         if not self._started and not self._bank:
@@ -251,6 +271,27 @@ class EMCallback(lightning.Callback):
     def _release(self) -> None:
         self.source.detach()
         self._bank = []
+
+
+def _check_epochs(start_epoch: Any, stop_epoch: Any) -> None:
+    """Raise unless the two are epochs, the first of them perhaps a share, in this order."""
+    if isinstance(start_epoch, float):
+        checks.check_share("start_epoch", start_epoch)
+    else:
+        checks.check_integer("start_epoch", start_epoch, minimum=0)
+    checks.check_integer("stop_epoch", stop_epoch, optional=True)
+    if stop_epoch is not None and stop_epoch <= start_epoch:
+        raise ValueError(f"Expected `stop_epoch` above start_epoch={start_epoch}, but got {stop_epoch}.")
+
+
+def _check_mode(mode: str, chosen: str, **options: tuple[Any, Any]) -> None:
+    """Raise if an option, given with its default, is set although it belongs to another mode than the chosen one."""
+    for name, (value, default) in options.items():
+        if chosen != mode and value != default:
+            raise ValueError(
+                f"Expected `{name}` only with mode={mode!r}, but got {value} with mode={chosen!r}; "
+                f"set {name}={'null' if default is None else default}."
+            )
 
 
 @torch.no_grad()

@@ -27,6 +27,9 @@ class LatentPlotCallback(lightning.Callback):
         embeddings: Dotted name of the submodule whose output is drawn, or ``"outputs:<key>"``.
         every_n_epochs: Epochs between pictures.
         max_rows: Most rows in a picture.
+        output_key: As in `EMCallback`.
+        channel_dim: As in `EMCallback`.
+        normalize: As in `EMCallback`.
         folder: Where pictures go; None takes the trainer's ``default_root_dir``.
     """
 
@@ -37,15 +40,17 @@ class LatentPlotCallback(lightning.Callback):
         *,
         every_n_epochs: int = 10,
         max_rows: int = 5000,
+        output_key: str | int | None = None,
+        channel_dim: int = -1,
+        normalize: bool = False,
         folder: str | None = None,
     ) -> None:
         checks.check_string("module", module)
-        checks.check_string("embeddings", embeddings)
         if folder is not None:
             checks.check_string("folder", folder)
         checks.check_integer("every_n_epochs", every_n_epochs)
         checks.check_integer("max_rows", max_rows)
-        self.module, self.source = module, Embeddings(embeddings)
+        self.module, self.source = module, Embeddings(embeddings, output_key, channel_dim, normalize)
         self.every_n_epochs, self.max_rows, self.folder = every_n_epochs, max_rows, folder
         self._rows: list[Tensor] = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tgmm_nn import checks
 from tgmm_nn.mixture import GaussianMixture
+from tgmm_nn.statistics import wider_dtype
 
 __all__ = ["Embeddings", "find_mixture", "submodule"]
 
@@ -39,30 +42,59 @@ class Embeddings:
     """Rows of the training batches since they were last taken, detached, as they pass through the network.
 
     Args:
-        source: Dotted name of a submodule whose output is ``(..., d)``, or ``"outputs:<key>"``, a key of the
-            dictionary that ``training_step`` returned.
+        source: Dotted name of a submodule, or ``"outputs:<key>"``, a key of the dictionary that ``training_step``
+            returned.
+        output_key: Key, or place, of the tensor where the submodule returns a dictionary, a tuple or a list.
+        channel_dim: Dimension that holds the features: -1 for ``(..., d)``, 1 for maps ``(B, d, H, W)``. The others
+            are rows.
+        normalize: Whether to scale each row to unit length.
+        max_rows_per_step: Most rows of a step; of more, as many are drawn, by the number of the step.
+
+    Raises:
+        TypeError: If an option has the wrong type.
+        ValueError: If an option is out of range, or ``output_key`` is given for ``"outputs:<key>"``.
     """
 
-    def __init__(self, source: str) -> None:
-        self.source = source
+    def __init__(
+        self,
+        source: str,
+        output_key: str | int | None = None,
+        channel_dim: int = -1,
+        normalize: bool = False,
+        max_rows_per_step: int | None = None,
+    ) -> None:
+        checks.check_string("embeddings", source)
+        if output_key is not None and not isinstance(output_key, str):
+            checks.check_integer("output_key", output_key, minimum=0)
+        if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
+            raise TypeError(f"Expected `channel_dim` to be an integer, but got {channel_dim!r}.")
+        checks.check_bool("normalize", normalize)
+        checks.check_integer("max_rows_per_step", max_rows_per_step, optional=True)
+        self.source, self.output_key, self.channel_dim = source, output_key, channel_dim
+        self.normalize, self.max_rows_per_step = normalize, max_rows_per_step
+        if self.returned_key is not None and output_key is not None:
+            raise ValueError(
+                f"Expected `output_key` only where `embeddings` names a submodule, but got {output_key!r} with "
+                f"{source!r}; let training_step return the tensor itself."
+            )
         self._parts: list[Tensor] = []
         self._handle: RemovableHandle | None = None
 
     @property
-    def output_key(self) -> str | None:
+    def returned_key(self) -> str | None:
         """Key of the training step's output, or None where a submodule is hooked."""
         return self.source.removeprefix(OUTPUTS) if self.source.startswith(OUTPUTS) else None
 
     def check(self, pl_module: lightning.LightningModule) -> None:
         """Raise unless the source names something that can exist."""
-        if self.output_key is None:
+        if self.returned_key is None:
             submodule(pl_module, self.source, "embeddings")
-        elif not self.output_key:
+        elif not self.returned_key:
             raise ValueError(f"Expected `embeddings` to be 'outputs:<key>', but got {self.source!r}.")
 
     def attach(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Start listening. The hook only stores: an update here would fall between forward and backward."""
-        if self.output_key is not None:
+        if self.returned_key is not None:
             return
 
         def store(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -79,25 +111,53 @@ class Embeddings:
 
     def receive(self, outputs: Any) -> None:
         """Take the rows from what ``training_step`` returned, where they come from there."""
-        if self.output_key is None:
+        if self.returned_key is None:
             return
-        if not isinstance(outputs, dict) or self.output_key not in outputs:
+        if not isinstance(outputs, dict) or self.returned_key not in outputs:
             known = sorted(outputs) if isinstance(outputs, dict) else type(outputs).__name__
             raise ValueError(
-                f"Expected `training_step` to return a dictionary with {self.output_key!r} for "
+                f"Expected `training_step` to return a dictionary with {self.returned_key!r} for "
                 f"embeddings={self.source!r}, but got {known}."
             )
-        self._store(outputs[self.output_key])
+        self._store(outputs[self.returned_key])
 
-    def take(self) -> Tensor | None:
-        """Return the rows since the last call as ``(n, d)`` and forget them; None where there were none."""
+    def take(self, step: int = 0) -> Tensor | None:
+        """Return the rows since the last call as ``(n, d)`` and forget them; None where there were none.
+
+        Args:
+            step: Number of the step: seeds the draw of ``max_rows_per_step`` rows, so that it does not depend on what
+                came before and no global generator is touched.
+        """
         parts, self._parts = self._parts, []
-        return torch.cat(parts) if parts else None
+        if not parts:
+            return None
+        rows, most = torch.cat(parts), self.max_rows_per_step
+        if most is not None and len(rows) > most:
+            chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(step), device="cpu")[:most]
+            rows = rows[chosen.sort().values.to(rows.device)]
+        # Lengths of rows in half precision are too coarse to divide by.
+        wide = rows.to(wider_dtype(rows.dtype, torch.float32))
+        return nn.functional.normalize(wide, dim=-1) if self.normalize else rows
 
     def _store(self, output: Any) -> None:
-        if not isinstance(output, Tensor) or output.ndim == 0:
+        tensor = output if self.output_key is None else self._item(output)
+        if not isinstance(tensor, Tensor) or not -tensor.ndim <= self.channel_dim < tensor.ndim:
+            found = f"one of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(
-                f"Expected embeddings={self.source!r} to give a tensor of shape (..., d), but got "
-                f"{type(output).__name__}; name a submodule that returns one."
+                f"Expected embeddings={self.source!r} to give a tensor with dimension channel_dim={self.channel_dim}, "
+                f"but got {found}; name a submodule that returns one, or choose by `output_key`."
             )
-        self._parts.append(output.detach().reshape(-1, output.shape[-1]))
+        rows = tensor.detach().movedim(self.channel_dim, -1)
+        self._parts.append(rows.reshape(-1, rows.shape[-1]))
+
+    def _item(self, output: Any) -> Any:
+        """Return what a submodule's output holds under ``output_key``, or raise and list what there is."""
+        if isinstance(output, Mapping) and self.output_key in output:
+            return output[self.output_key]
+        if isinstance(output, (tuple, list)) and isinstance(self.output_key, int) and self.output_key < len(output):
+            return output[self.output_key]
+        there = sorted(output) if isinstance(output, Mapping) else None
+        size = f"{len(output)} elements" if isinstance(output, (tuple, list)) else type(output).__name__
+        raise ValueError(
+            f"Expected the output of {self.source!r} to hold output_key={self.output_key!r}, but got {there or size}."
+        )
