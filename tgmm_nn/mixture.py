@@ -93,7 +93,7 @@ class GaussianMixture(MixtureEM):
         verbose_interval: Iterations between the lines that ``verbose`` prints.
         chunk_size: Rows per pass through memory; None chooses by the size of the arrays.
         device: Device of the buffers.
-        dtype: Floating dtype of the parameters, float32 or wider. Sums are kept in float64.
+        dtype: Dtype of the parameters, float32 or float64, or its name. Sums are kept in float64.
 
     Attributes:
         weights_: Mixing weights, shape ``(K,)``.
@@ -155,7 +155,7 @@ class GaussianMixture(MixtureEM):
         verbose_interval: int = 10,
         chunk_size: int | None = None,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
     ) -> None:
         super().__init__(n_components, n_features, covariance_type, device=device, dtype=dtype)
         self.n_init, self.max_iter, self.verbose_interval = n_init, max_iter, verbose_interval
@@ -209,7 +209,7 @@ class GaussianMixture(MixtureEM):
         names = inspect.signature(GaussianMixture).parameters
         options, state = persistence.read(path, names)
         try:
-            gmm = cls(**{**options, "dtype": persistence.DTYPES[options["dtype"]], "device": "cpu"})
+            gmm = cls(**{**options, "device": "cpu"})
             gmm.load_state_dict(state)
             persistence.check_valid(dict(gmm.named_buffers()), gmm.covariance)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -237,8 +237,9 @@ class GaussianMixture(MixtureEM):
             confidence: Draw from the ellipsoid that holds this share of the component, in (0, 1].
             std_range: Draw between these two Mahalanobis distances from the component's mean; the second may be
                 infinite.
-            generator: Source of randomness. None takes the layer's own, seeded by ``random_state``: each call draws
-                other rows, and torch's global generator is not advanced.
+            generator: Source of randomness. None takes the layer's own stream, of which each call takes the next part;
+                torch's global generator is not advanced. The stream is that of ``random_state``; without one it is that
+                of ``torch.initial_seed()`` and the parameters, so that different mixtures do not share their noise.
 
         Returns:
             Rows of shape ``(n, d)`` in the mixture's dtype, and the component of each, shape ``(n,)``, int64.

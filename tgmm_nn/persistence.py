@@ -17,9 +17,9 @@ from tgmm_nn import checks
 from tgmm_nn.covariance import Covariance
 from tgmm_nn.statistics import accumulator_dtype
 
-__all__ = ["DTYPES", "check_valid", "keep_wide", "mismatch", "read", "write"]
+__all__ = ["check_valid", "keep_wide", "mismatch", "read", "write"]
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+DTYPES = ("float32", "float64")
 
 FORMAT = "tgmm_nn.GaussianMixture"
 VERSION = 1

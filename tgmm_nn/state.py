@@ -39,7 +39,7 @@ class MixtureState(MixtureDensity):
         n_features: Number of features d.
         covariance_type: Name of the family.
         device: Device of the buffers.
-        dtype: Floating dtype of the parameters, float32 or wider. Sums are kept in float64.
+        dtype: Dtype of the parameters, float32 or float64, or its name. Sums are kept in float64.
 
     Attributes:
         weights_: Mixing weights, shape ``(K,)``.
@@ -74,7 +74,7 @@ class MixtureState(MixtureDensity):
         covariance_type: CovarianceType = "full",
         *,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
     ) -> None:
         super().__init__()
         checks.check_integer("n_components", n_components)

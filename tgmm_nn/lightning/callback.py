@@ -51,7 +51,8 @@ class EMCallback(lightning.Callback):
         init_samples: Rows over all ranks that start a fresh mixture.
         output_key: Key, or place, of the embeddings where the submodule returns a dictionary, a tuple or a list.
         channel_dim: Dimension that holds the features: -1 for ``(..., d)``, 1 for maps ``(B, d, H, W)``.
-        normalize: Whether to scale each row to unit length.
+        normalize: Whether to scale each row to unit length. The mixture is then one of unit vectors: give it such rows
+            to score.
         max_rows_per_step: Most rows that EM takes from a step of this rank; of more, as many are drawn.
         prefix: What the logged names start with.
         prog_bar: Whether the progress bar shows the log-likelihood.
