@@ -371,9 +371,12 @@ def test_candidates_are_a_uniform_sample(generator):
         assert rows.std().item() == pytest.approx(x.std().item(), rel=0.07)
 
 
-def test_minus_zero_is_zero():
-    found = Candidates(torch.tensor([[0.0], [-0.0]]) + 0.0, torch.ones(2)).smallest(5)
-    assert found.weights.tolist() == [2.0]
+def test_minus_zero_is_zero(generator):
+    """Also where a row is chosen by the hash of its bits."""
+    assert looked_at(torch.tensor([[0.0], [-0.0]]), 5).candidates.weights.tolist() == [2.0]
+    x = torch.randn(1000, 2, generator=generator) * torch.tensor([1.0, 0.0])
+    assert torch.equal(looked_at(x, 50).candidates.rows, looked_at(x.abs() * x.sign(), 50).candidates.rows)
+    assert torch.equal(looked_at(x, 50).candidates.rows, looked_at(x + 0.0, 50).candidates.rows)
 
 
 def test_the_scale_of_a_survey_is_the_weighted_standard_deviation(generator):

@@ -91,11 +91,20 @@ def test_of_several_draws_the_tightest_is_taken(method, x):
     assert values[-1] < values[0]
 
 
-def test_a_row_is_drawn_in_proportion_to_its_weight(x):
+@pytest.mark.parametrize("method", ["kpp", "random"])
+def test_a_row_is_drawn_in_proportion_to_its_weight(method, x):
     weights = torch.ones(90)
     weights[7] = 1e6
     for seed in range(5):
-        assert (start(x, "full", "random", seed=seed, weights=weights).origin == x[7]).all(-1).any()
+        assert (start(x, "full", method, seed=seed, weights=weights).origin == x[7]).all(-1).any()
+
+
+def test_kmeans_means_are_weighted_means_of_their_rows(x, generator):
+    weights = torch.rand(90, generator=generator).double() ** 3
+    means = start(x, "full", weights=weights).origin
+    labels = torch.cdist(x, means).argmin(-1)
+    expected = [(weights[labels == k, None] * x[labels == k]).sum(0) / weights[labels == k].sum() for k in range(3)]
+    assert_near(means, torch.stack(expected), 1e-9)
 
 
 @METHODS
