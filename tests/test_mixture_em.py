@@ -290,6 +290,7 @@ def test_em_step_and_forward_read_nothing_on_the_host(layer, rows, step_size):
         gmm(x)
         gmm.log_responsibilities(x)
         gmm.predict(x)
+    assert gmm.n_updates.item() == 2
 
 
 @STEP_SIZES
@@ -299,6 +300,7 @@ def test_nor_with_priors_a_relative_ridge_hard_assignments_or_a_log_prior(layer,
     gmm, x = layer(dtype=torch.float32, **options), rows(30)
     with NoHostReads():
         gmm.em_step(x, torch.ones(30), step_size, log_prior=torch.zeros(30, 3))
+    assert gmm.n_updates.item() == 1
 
 
 def test_the_guard_against_host_reads_sees_them():

@@ -31,6 +31,7 @@ __all__ = [
     "check_values",
     "check_weights",
     "to_tensor",
+    "to_weights",
 ]
 
 
@@ -144,6 +145,15 @@ def check_rows(name: str, x: Tensor, n_features: int) -> None:
             f"Expected `{name}` of shape (..., {n_features}) for a mixture of {n_features} features, "
             f"but got {tuple(x.shape)}{hint}."
         )
+
+
+def to_weights(sample_weight: Any, x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """Return the weights of rows ``(..., d)`` flat, shape ``(n,)``, on a device, or raise; None stays None."""
+    if sample_weight is None:
+        return None
+    weight = to_tensor("sample_weight", sample_weight, dtype).detach()
+    check_sample_weight(weight, tuple(x.shape[:-1]))
+    return weight.reshape(-1).to(device)
 
 
 def check_sample_weight(sample_weight: Tensor, shape: tuple[int, ...]) -> None:

@@ -60,10 +60,9 @@ class Rows:
         else:
             x = checks.to_tensor("x", x, like.dtype).detach()
             checks.check_rows("x", x, n_features)
-            sample_weight = self._weights(sample_weight, x)
+            sample_weight = checks.to_weights(sample_weight, x, like.dtype, like.device)
             self.shape = tuple(x.shape)
             x = x.reshape(-1, n_features).to(like.device)
-            sample_weight = None if sample_weight is None else sample_weight.reshape(-1)
         self.x, self.sample_weight = x, sample_weight
 
     @contextmanager
@@ -92,7 +91,7 @@ class Rows:
     def _streamed(self) -> Iterator[Batch]:
         for batch in self.x:
             rows, weight = self._of_batch(batch)
-            yield self._widened(rows.reshape(-1, self.n_features)), None if weight is None else weight.reshape(-1)
+            yield self._widened(rows.reshape(-1, self.n_features)), weight
 
     def _of_batch(self, batch: Any) -> Batch:
         """Return the rows of a stream's batch, and their weights."""
@@ -111,25 +110,18 @@ class Rows:
                 f"Expected batches of `x` that hold weights at index sample_weight={self.sample_weight}, but got "
                 f"{len(batch) if several else 'no'} elements."
             )
-        return rows, self._weights(batch[self.sample_weight], rows)
-
-    def _weights(self, sample_weight: Any, x: Tensor) -> Tensor | None:
-        if sample_weight is None:
-            return None
-        weight = checks.to_tensor("sample_weight", sample_weight, self.like.dtype).detach()
-        checks.check_sample_weight(weight, tuple(x.shape[:-1]))
-        return weight.to(self.like.device)
+        return rows, checks.to_weights(batch[self.sample_weight], rows, self.like.dtype, self.like.device)
 
     def _widened(self, rows: Tensor) -> Tensor:
         return rows.to(self.like.device, wider_dtype(rows.dtype, self.like.dtype))
 
 
 class Candidates(NamedTuple):
-    """Distinct rows from which EM may start, sorted, and what each weighs.
+    """Rows from which EM may start, and what each weighs.
 
-    Up to ``size`` rows are all kept. Of more, those are kept whose hash is smallest: a sample of the distinct rows that
-    is uniform and does not depend on the order of rows, on how they are batched, or on how often they are repeated,
-    with their exact total weights (a bottom-k sketch).
+    Up to ``size`` distinct rows are all kept. Of more, those are kept whose hash is smallest: a sample of the distinct
+    rows that is uniform and does not depend on the order of rows, on how they are batched, or on how often they are
+    repeated, with their exact total weights (a bottom-k sketch).
 
     Attributes:
         rows: Shape ``(m, d)``.

@@ -304,10 +304,7 @@ class MixtureEM(MixtureState):
     def _expect(self, x: Any, sample_weight: Any, log_prior: Any) -> Statistics:
         x = self._checked(x)
         rows = self._rows(x).detach()
-        if sample_weight is not None:
-            sample_weight = checks.to_tensor("sample_weight", sample_weight, rows.dtype)
-            checks.check_sample_weight(sample_weight, x.shape[:-1])
-            sample_weight = sample_weight.detach().reshape(-1).to(rows.device)
+        sample_weight = checks.to_weights(sample_weight, x, rows.dtype, rows.device)
         if log_prior is not None:
             log_prior = checks.to_tensor("log_prior", log_prior, rows.dtype)
             checks.check_log_prior(log_prior, (*x.shape[:-1], self.n_components))

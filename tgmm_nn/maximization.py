@@ -46,9 +46,9 @@ def maximize(
     Returns:
         Parameters in the dtype of ``current``, computed in the dtype of the sums.
     """
-    mode = priors.weights(statistics.count)
-    means, alive = _means(_with_priors(statistics, priors))
-    element, known = estimate_covariances(statistics, covariance, reg_covar, reg_covar_relative, priors)
+    posterior, mode = _with_priors(statistics, priors), priors.weights(statistics.count)
+    means, alive = _means(posterior)
+    element, known = _covariances(statistics, posterior, covariance, reg_covar, reg_covar_relative, priors)
     # Both factorisations are always made: to look whether the first succeeded would read a value on the host.
     positive = per_element(covariance.is_positive(element), element)
     factor, exists = covariance.factor(torch.where(positive, element, covariance.lift(element)))
@@ -69,8 +69,19 @@ def estimate_covariances(
     priors: Priors = NO_PRIORS,
 ) -> tuple[Tensor, Tensor]:
     """Return the covariances of `maximize`, before any is lifted, and which of them rows or a prior determine."""
-    posterior, n_features = _with_priors(statistics, priors), statistics.first.shape[-1]
-    mass = priors.degrees(statistics.count, covariance, n_features)
+    posterior = _with_priors(statistics, priors)
+    return _covariances(statistics, posterior, covariance, reg_covar, reg_covar_relative, priors)
+
+
+def _covariances(
+    statistics: Statistics,
+    posterior: Statistics,
+    covariance: Covariance,
+    reg_covar: float,
+    reg_covar_relative: bool,
+    priors: Priors,
+) -> tuple[Tensor, Tensor]:
+    mass = priors.degrees(statistics.count, covariance, statistics.first.shape[-1])
     # A mean prior alone knows no covariance: where no row does either, the old one stays.
     known = _supported(mass if priors.scale is not None else covariance.pool(statistics.count))
     within = scatter(posterior, covariance)

@@ -319,7 +319,7 @@ class MixtureState(MixtureDensity):
         return Statistics.of(*sums, self.running_origin, self.covariance)
 
     def _check_range(self, parameters: Parameters, name: str) -> None:
-        """Raise, naming what they come from, if parameters are not finite in the dtype of the buffers."""
+        """Raise, naming what they come from, if parameters overflow or variances vanish in the dtype of the buffers."""
         narrow = parameters.to(self.means_.dtype)
         elements = self.covariance.square(self.covariance.root(parameters.factor)).to(self.means_.dtype)
         in_range = [bool(torch.isfinite(values).all()) for values in (*narrow, elements)]
