@@ -74,6 +74,10 @@ class Covariance(ABC):
         """Return the different variances of each element, its diagonal, shape ``(..., d)`` or ``(..., 1)``."""
 
     @abstractmethod
+    def eigenvalues(self, element: Tensor) -> Tensor:
+        """Return the different eigenvalues of each element, shape ``(..., d)`` or ``(..., 1)``."""
+
+    @abstractmethod
     def add_to_diagonal(self, element: Tensor, value: float | Tensor) -> Tensor:
         """Return elements plus ``value`` times the identity; ``value`` is a number or one per element."""
 
@@ -219,6 +223,9 @@ class Full(Covariance):
     def variances(self, element: Tensor) -> Tensor:
         return element.diagonal(dim1=-2, dim2=-1)
 
+    def eigenvalues(self, element: Tensor) -> Tensor:
+        return torch.linalg.eigvalsh(element)
+
     def add_to_diagonal(self, element: Tensor, value: float | Tensor) -> Tensor:
         eye = torch.eye(element.shape[-1], dtype=element.dtype, device=element.device)
         return element + (value[..., None, None] if isinstance(value, Tensor) else value) * eye
@@ -297,6 +304,9 @@ class Full(Covariance):
 
 class Uncorrelated(Covariance):
     """Diagonal and spherical matrices: their elements are variances, and features tell nothing of each other."""
+
+    def eigenvalues(self, element: Tensor) -> Tensor:
+        return self.variances(element)
 
     def is_positive(self, covariance: Tensor, eps: float | None = None) -> Tensor:
         return (self.variances(covariance) > 0).all(-1)

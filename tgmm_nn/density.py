@@ -76,6 +76,14 @@ class MixtureDensity(nn.Module):
         """Return the log-density of each row: the same as calling the layer."""
         return self(x)
 
+    def log_density_and_entropy(self, x: Any) -> tuple[Tensor, Tensor]:
+        """Return the log-density of each row and the entropy of its responsibilities, in nats, each of shape ``(...)``.
+
+        The entropy is 0 for a row that belongs to one component, and log K for one that belongs to all alike.
+        """
+        density, entropy = self._map_rows(functional.log_density_and_entropy, x).unbind(-1)
+        return density, entropy
+
     def log_responsibilities(self, x: Any) -> Tensor:
         r"""Return :math:`\log p(k | x)`, shape ``(..., K)``; differentiable in ``x``, nan for a row at infinity."""
         return self._map_rows(lambda *args: functional.log_joint(*args).log_softmax(-1), x)

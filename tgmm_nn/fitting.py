@@ -11,9 +11,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from tgmm_nn import functional
+from tgmm_nn.assignment import HARD, SOFT, Assignment
 from tgmm_nn.covariance import Covariance
 from tgmm_nn.data import Rows, Survey
 from tgmm_nn.functional import Parameters
+from tgmm_nn.maximization import EVERYTHING, Learned
 from tgmm_nn.priors import Priors
 from tgmm_nn.statistics import Statistics
 
@@ -32,10 +34,10 @@ class Options(NamedTuple):
     reg_covar_relative: bool
     chunk_size: int | None
 
-    def maximize(self, statistics: Statistics, current: Parameters) -> Parameters:
+    def maximize(self, statistics: Statistics, current: Parameters, learned: Learned = EVERYTHING) -> Parameters:
         """Return the M-step at ``statistics``."""
         ridge = (self.reg_covar, self.reg_covar_relative)
-        return functional.maximize(statistics, current, self.covariance, *ridge, self.priors)
+        return functional.maximize(statistics, current, self.covariance, *ridge, self.priors, learned)
 
     def singular(self, statistics: Statistics, dtype: torch.dtype) -> list[int]:
         """Return the elements that rows of a dtype determine as covariances which are singular to its precision."""
@@ -96,13 +98,13 @@ def sum_over(
     parameters: Parameters,
     covariance: Covariance,
     *,
-    hard: bool = False,
+    assignment: Assignment = SOFT,
     moments: bool = False,
     chunk_size: int | None = None,
     checked: bool = False,
 ) -> Statistics:
     """Return the E-step's sums of one pass over all rows; ``checked`` raises where one is not finite."""
-    how: dict[str, Any] = {"hard": hard, "moments": moments, "chunk_size": chunk_size}
+    how: dict[str, Any] = {"assignment": assignment, "moments": moments, "chunk_size": chunk_size}
     with data.checked_batches() if checked else data.batches() as batches:
         sums = (functional.expectation(rows, parameters, covariance, weight, **how) for rows, weight in batches)
         total = next(sums, None)
@@ -139,7 +141,11 @@ def fit_from(start: Parameters, data: Rows, found: Survey, options: Options, rep
         """Make an E-step, and write its objective down."""
         scale = found.scale(functional.mixture_mean(parameters))  # moments are taken about the mixture's mean
         moments = narrower and bool(functional.conditioning(scale, parameters, covariance) <= bound)
-        how: dict[str, Any] = {"hard": options.cem, "moments": moments, "chunk_size": options.chunk_size}
+        how: dict[str, Any] = {
+            "assignment": HARD if options.cem else SOFT,
+            "moments": moments,
+            "chunk_size": options.chunk_size,
+        }
         sums = sum_over(data, parameters, covariance, checked=data.streamed, **how)
         if data.streamed and (n_rows := int(sums.rows + sums.skipped)) != found.n_rows:
             raise ValueError(

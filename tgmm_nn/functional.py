@@ -13,35 +13,38 @@ moderate. The M-step is `maximize`, from `tgmm_nn.maximization`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial, reduce
 
 import torch
 from torch import Tensor
 
+from tgmm_nn.assignment import SOFT, Assignment, responsibilities, revivable
 from tgmm_nn.covariance import Covariance
 from tgmm_nn.maximization import estimate_covariances, maximize, scatter
 from tgmm_nn.statistics import Parameters, Statistics, accumulator_dtype
 
 __all__ = [
     "Parameters",
+    "chunks",
     "conditioning",
     "distance",
     "estimate_covariances",
     "expectation",
     "log_density",
+    "log_density_and_entropy",
     "log_joint",
     "map_rows",
     "maximize",
     "mixture_mean",
     "moment_statistics",
     "moment_width",
+    "rows_per_chunk",
     "scatter",
     "whitened_statistics",
 ]
 
 LOG_2PI = math.log(2.0 * math.pi)
-LOG2_E = math.log2(math.e)
 
 
 def mixture_mean(parameters: Parameters) -> Tensor:
@@ -87,14 +90,22 @@ def log_density(x: Tensor, parameters: Parameters, covariance: Covariance) -> Te
     return torch.where(usable, value, torch.where(torch.isnan(x).any(-1), torch.nan, -torch.inf))
 
 
+def log_density_and_entropy(x: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
+    r"""Return the log-density of each row and the entropy of its responsibilities, both in nats, shape ``(n, 2)``.
+
+    .. math:: H(r_n) = -\sum_k r_{nk} \log r_{nk}, \qquad r_{nk} = p(k | x_n)
+    """
+    joint = log_joint(x, parameters, covariance)
+    return torch.stack([joint.logsumexp(-1), torch.special.entr(joint.softmax(-1)).sum(-1)], -1)
+
+
 def whitened_statistics(
     x: Tensor,
     parameters: Parameters,
     covariance: Covariance,
     sample_weight: Tensor | None = None,
     log_prior: Tensor | None = None,
-    *,
-    hard: bool = False,
+    assignment: Assignment = SOFT,
 ) -> Statistics:
     r"""Sum what the M-step needs, about each component's own mean.
 
@@ -110,20 +121,19 @@ def whitened_statistics(
         sample_weight: Non-negative weight of each row, shape ``(n,)``; a row of weight 2 counts as two rows.
         log_prior: Log-prior of each row over components in nats, shape ``(n, K)``, added to the joint; −inf forbids a
             component, and a row for which all are forbidden counts as skipped.
-        hard: Give each row wholly to its most probable component, as classification EM does.
+        assignment: How a row is shared among components.
 
     Returns:
         Statistics about ``parameters.means``, totals in float64 (float32 where the device has no float64).
 
     References:
         Dempster, Laird and Rubin, Maximum likelihood from incomplete data via the EM algorithm, 1977.
-        Celeux and Govaert, A classification EM algorithm for clustering and two stochastic versions, 1992.
     """
     rows, about, origin = _centre(x, parameters)
     rows, usable = _mask_rows(rows)
     y = covariance.whiten(rows, about.means, about.factor)
     joint = _log_joint_of_whitened(y, about, covariance)
-    r, log_likelihood, classification, usable = _responsibilities(joint, usable, sample_weight, log_prior, hard)
+    r, log_likelihood, classification, usable = responsibilities(joint, usable, sample_weight, log_prior, assignment)
     # Where a component is so narrow, or so far, that |y|² overflows, 0 · inf would make its sums nan.
     y = torch.where(r.unsqueeze(-1) > 0, y, 0.0)
     wide = accumulator_dtype(x.device)
@@ -147,8 +157,7 @@ def moment_statistics(
     covariance: Covariance,
     sample_weight: Tensor | None = None,
     log_prior: Tensor | None = None,
-    *,
-    hard: bool = False,
+    assignment: Assignment = SOFT,
 ) -> Statistics:
     r"""Sum the same as `whitened_statistics`, about one reference point and by two matrix products.
 
@@ -171,7 +180,7 @@ def moment_statistics(
     columns = rows.mT.contiguous()
     phi = torch.cat([torch.ones_like(columns[:1]), columns, covariance.features(columns)])
     joint = _natural_parameters(about, covariance) @ phi
-    r, log_likelihood, classification, usable = _responsibilities(joint, usable, sample_weight, log_prior, hard)
+    r, log_likelihood, classification, usable = responsibilities(joint, usable, sample_weight, log_prior, assignment)
     wide = accumulator_dtype(x.device)
     sums = (r @ phi.mT).to(wide)
     return Statistics(
@@ -194,8 +203,8 @@ def expectation(
     sample_weight: Tensor | None = None,
     log_prior: Tensor | None = None,
     *,
+    assignment: Assignment = SOFT,
     moments: bool = False,
-    hard: bool = False,
     chunk_size: int | None = None,
 ) -> Statistics:
     """E-step over any number of rows: the sums of chunks that fit the cache, merged.
@@ -206,21 +215,18 @@ def expectation(
         covariance: Structure of the covariances.
         sample_weight: Non-negative weight of each row, shape ``(n,)``.
         log_prior: Log-prior of each row over components, shape ``(n, K)``.
+        assignment: How a row is shared among components.
         moments: Use `moment_statistics`, where `conditioning` allows it.
-        hard: Give each row wholly to its most probable component.
         chunk_size: Rows in a chunk; None chooses by the size of the arrays.
     """
     form = moment_statistics if moments else whitened_statistics
-    sums = partial(form, parameters=parameters, covariance=covariance, hard=hard)
+    if assignment.offset is not None:
+        parameters = revivable(parameters)
+    sums = partial(form, parameters=parameters, covariance=covariance, assignment=assignment)
     width = moment_width(parameters, covariance) if moments else parameters.means.numel()
-    size = chunk_size or _rows_per_chunk(width, x.element_size())
-    if len(x) <= size:
-        return sums(x, sample_weight=sample_weight, log_prior=log_prior)
-    rows = x.split(size)
-    weights = [None] * len(rows) if sample_weight is None else sample_weight.split(size)
-    priors = [None] * len(rows) if log_prior is None else log_prior.split(size)
-    chunks = zip(rows, weights, priors, strict=True)
-    return reduce(Statistics.merge, (sums(row, sample_weight=w, log_prior=p) for row, w, p in chunks))
+    size = chunk_size or rows_per_chunk(width, x.element_size())
+    parts = chunks(size, x, sample_weight, log_prior)
+    return reduce(Statistics.merge, (sums(row, sample_weight=w, log_prior=p) for row, w, p in parts))
 
 
 def moment_width(parameters: Parameters, covariance: Covariance) -> int:
@@ -228,11 +234,28 @@ def moment_width(parameters: Parameters, covariance: Covariance) -> int:
     return 1 + parameters.means.shape[-1] + len(covariance.features(parameters.means[:1].mT))
 
 
+def chunks(
+    size: int, x: Tensor, sample_weight: Tensor | None, log_prior: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+    """Give rows, their weights and their log-priors, ``size`` at a time."""
+    if len(x) <= size:  # in one piece where the number of rows may be symbolic
+        return iter([(x, sample_weight, log_prior)])
+    rows = x.split(size)
+    weights = [None] * len(rows) if sample_weight is None else sample_weight.split(size)
+    priors = [None] * len(rows) if log_prior is None else log_prior.split(size)
+    return zip(rows, weights, priors, strict=True)
+
+
+def rows_per_chunk(width: int, element_size: int) -> int:
+    """Return how many rows of ``width`` numbers stay below 4 MB, above which fresh arrays fault at each use."""
+    return min(max(4_000_000 // (width * element_size), 256), 8192)
+
+
 def map_rows(
     function: Callable[[Tensor], Tensor], x: Tensor, parameters: Parameters, *, chunk_size: int | None = None
 ) -> Tensor:
     """Apply a function of rows ``(n, d)`` chunk by chunk; in one piece where the number of rows may be symbolic."""
-    size = chunk_size or _rows_per_chunk(parameters.means.numel(), x.element_size())
+    size = chunk_size or rows_per_chunk(parameters.means.numel(), x.element_size())
     if torch.compiler.is_compiling() or len(x) <= size:
         return function(x)
     return torch.cat([function(rows) for rows in x.split(size)])
@@ -258,11 +281,6 @@ def conditioning(scale: Tensor, parameters: Parameters, covariance: Covariance) 
     """
     precision = covariance.square(parameters.factor).abs()
     return (covariance.dual(precision, len(scale)) @ covariance.features(scale[:, None])).amax()
-
-
-def _rows_per_chunk(width: int, element_size: int) -> int:
-    """Return how many rows of ``width`` numbers stay below 4 MB, above which fresh arrays fault at each use."""
-    return min(max(4_000_000 // (width * element_size), 256), 8192)
 
 
 def _centre(x: Tensor, parameters: Parameters) -> tuple[Tensor, Parameters, Tensor]:
@@ -300,31 +318,3 @@ def _mask_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Replace centred rows that are not finite, or whose squared length overflows, by zero; say which rows stay."""
     usable = torch.isfinite(rows.square().sum(-1))
     return torch.where(usable[:, None], rows, 0.0), usable
-
-
-def _responsibilities(
-    joint: Tensor, usable: Tensor, sample_weight: Tensor | None, log_prior: Tensor | None, hard: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return weighted responsibilities ``(K, n)``, both weighted log-likelihoods, and which rows entered.
-
-    Components come first, since a softmax over the first axis runs along the rows. The exponential is taken in base 2:
-    where it underflows, as it does for components far apart, the natural one is many times slower on a CPU.
-    """
-    if log_prior is not None:
-        joint = joint + log_prior.mT
-    largest, best = joint.max(0)
-    r = torch.exp2((joint - largest) * LOG2_E)
-    total = r.sum(0)
-    log_p = largest + total.log()
-    usable = usable & torch.isfinite(log_p)
-    weight = usable.to(joint.dtype)
-    if sample_weight is not None:
-        sample_weight = sample_weight.to(joint.dtype)
-        usable = usable & torch.isfinite(sample_weight) & (sample_weight >= 0)
-        weight = torch.where(usable, sample_weight, 0.0)
-    if hard:
-        r = torch.zeros_like(r).scatter_(0, best[None], weight[None])
-    else:
-        r = torch.where(usable, r * (weight / total), 0.0)
-    log_likelihood, classification = (torch.where(usable, value * weight, 0.0).sum() for value in (log_p, largest))
-    return r, log_likelihood, classification, usable

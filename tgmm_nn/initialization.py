@@ -16,7 +16,7 @@ from tgmm_nn.data import Candidates
 from tgmm_nn.maximization import scatter
 from tgmm_nn.statistics import Statistics, hard_statistics, per_element
 
-__all__ = ["Start", "n_candidates", "nearest"]
+__all__ = ["Start", "n_candidates", "nearest", "reseed"]
 
 WEIGHT_STARTS = ("uniform", "kmeans")
 COVARIANCE_STARTS = ("empirical", "global", "eye")
@@ -153,6 +153,38 @@ class Start(NamedTuple):
         if self.covariances == "global":
             return _of_all(found, covariance).expand_as(sums.second)
         return _of_clusters(found, labels, sums, covariance)
+
+
+def reseed(statistics: Statistics, reseeded: Tensor, means: Tensor, covariance: Covariance) -> Statistics:
+    r"""Return sums in which some components start anew about given means, each with an equal share of the rows.
+
+    Their covariance is that within all components, :math:`\sum_k T_k / \sum_k n_k`; the others keep theirs, and what
+    they weigh beside each other. The total weight stays, so that the next batch counts as it would have.
+
+    Args:
+        statistics: Sums to change.
+        reseeded: Which components start anew, booleans, shape ``(K,)``.
+        means: Their means, shape ``(K, d)``; rows of the others are not read.
+        covariance: Structure of the covariances.
+    """
+    n_k, total = statistics.count, statistics.weight()
+    within, mass = scatter(statistics, covariance), covariance.pool(n_k)
+    pooled = within.sum(0, keepdim=True) / total
+    own = within / per_element(torch.where(mass > 0, mass, 1.0), within)
+    anew = covariance.pool(reseeded.to(n_k)) > 0
+    kept = torch.where(reseeded, 0.0, n_k)
+    share = torch.where(kept.sum() > 0, kept.sum(), 1.0) / (~reseeded).sum().clamp(min=1)
+    count = torch.where(reseeded, share, kept)
+    centre = statistics.origin + statistics.first / torch.where(n_k > 0, n_k, 1.0)[:, None]
+    element = torch.where(per_element(anew, own), pooled, own)
+    sums = Statistics.of(
+        count=count,
+        first=torch.zeros_like(statistics.first),
+        second=element * per_element(covariance.pool(count), element),
+        origin=torch.where(reseeded[:, None], means.to(centre), centre),
+        covariance=covariance,
+    )
+    return sums.scale(total / sums.weight())
 
 
 def nearest(x: Tensor, means: Tensor) -> Tensor:

@@ -2,14 +2,65 @@ r"""The M-step: parameters that maximise the expected log-likelihood, or log-pos
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from tgmm_nn import checks
 from tgmm_nn.covariance import Covariance
 from tgmm_nn.priors import NO_PRIORS, Priors
 from tgmm_nn.statistics import Parameters, Statistics, per_element
 
-__all__ = ["estimate_covariances", "maximize", "scatter"]
+__all__ = ["EVERYTHING", "Learned", "estimate_covariances", "maximize", "scatter"]
+
+PARTS = ("weights", "means", "covariances")
+
+
+class Learned(NamedTuple):
+    r"""Which components' parameters an M-step moves; the others stay as they are, and the M-step is exact given them.
+
+    A covariance is taken about the mean that its component has, also where that is not the rows' own. Free weights
+    share what the frozen ones leave. A tied covariance moves if that of any component may.
+
+    Attributes:
+        weights: Booleans, shape ``(K,)``, or None where all move.
+        means: The same.
+        covariances: The same.
+    """
+
+    weights: Tensor | None = None
+    means: Tensor | None = None
+    covariances: Tensor | None = None
+
+    @classmethod
+    def from_options(
+        cls,
+        n_components: int,
+        update: Collection[str] = PARTS,
+        frozen_components: Sequence[int] = (),
+        device: torch.device | None = None,
+    ) -> Learned:
+        """Return what is learned where only the parts in ``update`` are, and of these not those of some components.
+
+        Raises:
+            ValueError: If a component does not exist.
+
+        Example:
+            >>> Learned.from_options(3, update=["means"], frozen_components=[1]).means
+            tensor([ True, False,  True])
+        """
+        for k in frozen_components:
+            checks.check_integer("frozen_components", k, minimum=0, maximum=n_components - 1)
+        if not frozen_components and set(update) == set(PARTS):
+            return EVERYTHING
+        free = torch.ones(n_components, dtype=torch.bool, device=device)
+        free[list(frozen_components)] = False
+        return cls(*(free if part in update else torch.zeros_like(free) for part in PARTS))
+
+
+EVERYTHING = Learned()
 
 
 def maximize(
@@ -19,6 +70,7 @@ def maximize(
     reg_covar: float = 0.0,
     reg_covar_relative: bool = False,
     priors: Priors = NO_PRIORS,
+    learned: Learned = EVERYTHING,
 ) -> Parameters:
     r"""Return the parameters that maximise the expected complete-data log-likelihood, or log-posterior.
 
@@ -42,20 +94,27 @@ def maximize(
         reg_covar_relative: Read ``reg_covar`` as a fraction of the mean variance of the data, so that EM does not
             depend on units.
         priors: Conjugate priors, on the device of the sums.
+        learned: What may move.
 
     Returns:
         Parameters in the dtype of ``current``, computed in the dtype of the sums.
     """
-    posterior, mode = _with_priors(statistics, priors), priors.weights(statistics.count)
+    posterior = _with_priors(statistics, priors)
     means, alive = _means(posterior)
+    if learned.means is not None:
+        means = torch.where(learned.means[:, None], means, current.means.to(means))
+        # About a mean that is not their own, the rows scatter more.
+        posterior = posterior.about(means)._replace(first=torch.zeros_like(means))
     element, known = _covariances(statistics, posterior, covariance, reg_covar, reg_covar_relative, priors)
+    if learned.covariances is not None:
+        known = known & (covariance.pool(learned.covariances.to(statistics.count)) > 0)
     # Both factorisations are always made: to look whether the first succeeded would read a value on the host.
     positive = per_element(covariance.is_positive(element), element)
     factor, exists = covariance.factor(torch.where(positive, element, covariance.lift(element)))
     narrow = current.means.dtype
     factor = factor.to(narrow)
     return Parameters(
-        torch.where(mode.sum() > 0, mode / mode.sum(), current.weights).to(narrow),
+        _weights(priors.weights(statistics.count), current.weights, learned.weights).to(narrow),
         torch.where(alive[:, None], means, current.means).to(narrow),
         torch.where(per_element(known & exists, factor), factor, current.factor),
     )
@@ -71,6 +130,15 @@ def estimate_covariances(
     """Return the covariances of `maximize`, before any is lifted, and which of them rows or a prior determine."""
     posterior = _with_priors(statistics, priors)
     return _covariances(statistics, posterior, covariance, reg_covar, reg_covar_relative, priors)
+
+
+def _weights(mode: Tensor, current: Tensor, learned: Tensor | None) -> Tensor:
+    """Return weights proportional to ``mode``, where they are learned; the current ones where all would vanish."""
+    if learned is None:
+        return torch.where(mode.sum() > 0, mode / mode.sum(), current)
+    free = torch.where(learned, mode, 0.0)
+    left = torch.where(learned, current, 0.0).sum()
+    return torch.where(learned & (free.sum() > 0), left * free / free.sum(), current)
 
 
 def _covariances(

@@ -182,6 +182,38 @@ class MixtureState(MixtureDensity):
         elements = self._elements().to(self.factor_.dtype)
         return self.covariance.matrix(elements, self.n_features).expand(self.n_components, -1, -1)
 
+    def condition_numbers(self) -> Tensor:
+        """Return the largest over the smallest eigenvalue of each covariance, shape ``(K,)``, or ``(1,)`` when tied."""
+        eigenvalues = self.covariance.eigenvalues(self._elements())
+        return eigenvalues.amax(-1) / eigenvalues.amin(-1)
+
+    @torch.no_grad()
+    def permute_components(self, order: Any) -> None:
+        """Make component ``order[k]`` the new component k, its running statistics with it.
+
+        Args:
+            order: Permutation of the components, integers, shape ``(K,)``.
+
+        Raises:
+            ValueError: If ``order`` is no permutation of 0, …, K − 1; nothing is changed then.
+
+        Example:
+            >>> from tgmm_nn import GaussianMixture
+            >>> gmm = GaussianMixture(2, 1, "diag").set_parameters([0.7, 0.3], [[0.0], [1.0]], [[1.0], [1.0]])
+            >>> gmm.permute_components([1, 0]); gmm.weights_
+            tensor([0.3000, 0.7000])
+        """
+        order = torch.as_tensor(order, device=self.means_.device)
+        if not torch.equal(order.sort().values, torch.arange(self.n_components, device=order.device)):
+            raise ValueError(
+                f"Expected `order` to be a permutation of 0 to {self.n_components - 1}, but got {order.tolist()}."
+            )
+        for name in ("weights_", "means_", "running_count", "running_first", "running_origin"):
+            getattr(self, name).copy_(getattr(self, name)[order])
+        if not self.covariance.tied:
+            self.factor_.copy_(self.factor_[order])
+            self.running_second.copy_(self.running_second[order])
+
     @property
     def fitted_(self) -> bool:
         """Whether the parameters were set: by `fit`, `initialize`, `set_parameters`, `maximize` or `em_step`."""

@@ -14,6 +14,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from tgmm_nn.distributed import is_distributed, sum_over_ranks
+
 __all__ = [
     "Moments",
     "Parameters",
@@ -173,6 +175,10 @@ class Statistics(NamedTuple):
         """Return statistics shaped like these with the sums in ``flat``."""
         parts = flat.split([s.numel() for s in self.sums()])
         return self._with(p.reshape(s.shape) for p, s in zip(parts, self.sums(), strict=True))
+
+    def over_ranks(self) -> Statistics:
+        """Return the sums over all ranks, as one message; every rank has to call this. These themselves when alone."""
+        return self.unflatten(sum_over_ranks(self.flatten())) if is_distributed() else self
 
     def _with(self, sums: Iterable[Tensor]) -> Statistics:
         """Return other sums, in the order of `sums`, about the same reference point."""

@@ -1,0 +1,334 @@
+"""`MixtureSteps`: E- and M-steps of a mixture on its buffers, without gradient and without reading a value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tgmm_nn import checks, functional
+from tgmm_nn.assignment import HARD, SOFT, Assignment
+from tgmm_nn.data import Rows, is_stream
+from tgmm_nn.density import full_precision
+from tgmm_nn.fitting import Options, sum_over
+from tgmm_nn.functional import Parameters
+from tgmm_nn.initialization import reseed
+from tgmm_nn.maximization import EVERYTHING, Learned
+from tgmm_nn.state import MixtureState
+from tgmm_nn.statistics import Statistics
+from tgmm_nn.transport import sinkhorn
+
+__all__ = ["MixtureSteps"]
+
+MARGINALS = ("uniform", "weights")
+
+
+def option(name: str, check: Callable[[str, Any], None]) -> Any:
+    """Return a property whose values are checked when they are set, and kept as Python's own numbers."""
+
+    def write(self: nn.Module, value: Any) -> None:
+        check(name, value)
+        setattr(self, f"_{name}", value.item() if isinstance(value, np.generic) else value)
+
+    return property(lambda self: getattr(self, f"_{name}"), write)
+
+
+def check_verbose(name: str, value: Any) -> None:
+    """Raise unless ``value`` is True, False or ``"bar"``."""
+    if value != "bar":
+        checks.check_bool(name, value, alternative="'bar'")
+
+
+class MixtureSteps(MixtureState):
+    """Mixture that makes E-steps and M-steps; `tgmm_nn.GaussianMixture` documents the options."""
+
+    n_init = option("n_init", checks.check_integer)
+    max_iter = option("max_iter", checks.check_integer)
+    tol = option("tol", checks.check_number)
+    reg_covar = option("reg_covar", checks.check_number)
+    reg_covar_relative = option("reg_covar_relative", checks.check_bool)
+    cem = option("cem", checks.check_bool)
+    warm_start = option("warm_start", checks.check_bool)
+    verbose = option("verbose", check_verbose)
+    verbose_interval = option("verbose_interval", checks.check_integer)
+    chunk_size = option("chunk_size", partial(checks.check_integer, optional=True))
+    random_state = option("random_state", partial(checks.check_integer, minimum=0, maximum=2**63 - 1, optional=True))
+
+    @torch.no_grad()
+    def statistics(
+        self, x: Any, sample_weight: Any = None, log_prior: Any = None, assignment: Assignment | None = None
+    ) -> Statistics:
+        """Return the sums that an M-step needs (the E-step), of this rank's rows alone.
+
+        Rows that are not finite, or whose weight is negative or not finite, are left out and counted.
+
+        Args:
+            x: Rows, shape ``(..., d)``, or a stream of them.
+            sample_weight: Non-negative weight of each row, shape ``(...)``.
+            log_prior: Log-prior of each row over components in nats, shape ``(..., K)``, added to the joint: labels,
+                masks or links. −inf forbids a component; a row for which all are forbidden is left out.
+            assignment: How a row is shared among components, such as what `sinkhorn` returns; None is hard with
+                ``cem=True``, else soft.
+
+        Raises:
+            TypeError: If an argument holds no real numbers.
+            ValueError: If an argument has the wrong shape, or a stream no batch.
+
+        Example:
+            >>> from tgmm_nn import GaussianMixture
+            >>> gmm = GaussianMixture(1, 1)
+            >>> a, b = gmm.statistics(torch.zeros(3, 1)), gmm.statistics(torch.ones(1, 1))
+            >>> gmm.maximize(a.merge(b)); gmm.means_
+            tensor([[0.2500]])
+        """
+        if not is_stream(x):
+            return self._expect(x, sample_weight, log_prior, assignment)
+        if log_prior is not None:
+            raise ValueError("Expected `log_prior` only with rows, but got it with a stream, whose order is not known.")
+        data = Rows(x, sample_weight, self.n_features, self.means_)
+        with full_precision(self.means_.device):
+            how: dict[str, Any] = {"assignment": assignment or self._assignment(), "chunk_size": self.chunk_size}
+            return sum_over(data, self._snapshot(), self.covariance, **how)
+
+    @torch.no_grad()
+    def maximize(self, statistics: Statistics, learned: Learned = EVERYTHING) -> None:
+        """Set the parameters to the maximisers given the sums (the M-step), and keep the sums as the running ones.
+
+        Args:
+            statistics: Sums of an E-step.
+            learned: What may move; the rest is frozen.
+
+        Raises:
+            TypeError: If ``statistics`` are no `Statistics`.
+            ValueError: If they are of another covariance structure or size.
+        """
+        self._running().check_like(statistics)
+        usable, current = _is_usable(statistics), self._snapshot()
+        with full_precision(usable.device):
+            new = self._em_options().maximize(statistics, current, learned)
+        self._write(Parameters(*(torch.where(usable, ours, old) for ours, old in zip(new, current, strict=True))))
+        kept = self._running()
+        self._keep(
+            torch.where(usable, statistics.count, kept.count),
+            torch.where(usable, statistics.first, kept.first),
+            torch.where(usable, statistics.second, kept.second),
+            torch.where(usable, statistics.origin, kept.origin),
+        )
+        self.running_step_size.copy_(torch.where(usable, 1.0, self.running_step_size))
+        self.fitted.copy_(torch.maximum(self.fitted, usable.to(torch.int64)))
+
+    @torch.no_grad()
+    def em_step(
+        self,
+        x: Any,
+        sample_weight: Any = None,
+        step_size: float | Tensor | None = None,
+        *,
+        log_prior: Any = None,
+        assignment: Assignment | None = None,
+        learned: Learned = EVERYTHING,
+        sync: bool = True,
+    ) -> Tensor:
+        r"""Make one EM update on ``x``, without gradient and without reading a value on the host.
+
+        With ``step_size`` :math:`\rho_t` the running sums become :math:`S_t = \gamma_t S_{t-1} + s(x)`,
+        :math:`\gamma_t = \rho_{t-1} (1 / \rho_t - 1)`, and the M-step is taken at them: for batches of equal size ``x``
+        has the share :math:`\rho_t`, a shorter batch a smaller one, and priors meet sums of the effective size
+        :math:`n / \rho_t`. The first batch after `fit`, `initialize` or `set_parameters` has exactly that share; after
+        an exact step or `maximize` the rows of that step count as they are. In a ``torch.distributed`` world the sums
+        of all ranks are added first.
+
+        Args:
+            x: Rows, shape ``(..., d)``; rows that are not finite are left out and counted in ``n_skipped``.
+            sample_weight: Non-negative weight of each row, shape ``(...)``.
+            step_size: Share of ``x`` in the running sums, in (0, 1]; None is exact EM on ``x``. A tensor is not read on
+                the host: out of range it counts as a batch without a usable row.
+            log_prior: Log-prior of each row over components, shape ``(..., K)``; see `statistics`.
+            assignment: How a row is shared among components; see `statistics`.
+            learned: What may move; the rest is frozen.
+            sync: Whether to add the sums of all ranks; then every rank has to call this.
+
+        Returns:
+            Mean log-likelihood of the rows before the update in nats, shape ``()``; nan, and nothing changes, where no
+            row is usable.
+
+        Raises:
+            TypeError: If an argument holds no real numbers.
+            ValueError: If an argument has the wrong shape or range.
+
+        References:
+            Cappé and Moulines, On-line expectation-maximization algorithm for latent data models, 2009.
+        """
+        checks.check_step_size(step_size)
+        batch = self._expect(x, sample_weight, log_prior, assignment)
+        return self.update(batch.over_ranks() if sync else batch, step_size, learned=learned)
+
+    @torch.no_grad()
+    def update(
+        self, statistics: Statistics, step_size: float | Tensor | None = None, *, learned: Learned = EVERYTHING
+    ) -> Tensor:
+        """Make the M-step of `em_step` from sums that are there already, those of all ranks.
+
+        Args:
+            statistics: Sums of this mixture's E-step, perhaps merged from several batches.
+            step_size: Share of them in the running sums; see `em_step`.
+            learned: What may move; the rest is frozen.
+
+        Returns:
+            Mean log-likelihood of the rows in nats, shape ``()``; nan, and nothing changes, where no row is usable.
+
+        Raises:
+            TypeError: If ``statistics`` are no `Statistics`.
+            ValueError: If they are of another covariance structure or size, or ``step_size`` is out of range.
+
+        Example:
+            >>> from tgmm_nn import GaussianMixture
+            >>> gmm = GaussianMixture(1, 1)
+            >>> gmm.update(gmm.statistics(torch.zeros(3, 1)).merge(gmm.statistics(torch.ones(1, 1)))); gmm.means_
+            tensor(-1.0439)
+            tensor([[0.2500]])
+        """
+        checks.check_step_size(step_size)
+        self._running().check_like(statistics)
+        batch = statistics
+        # In the dtype of the sums: a share of 0.3 in float32 is off by 1e-8, and the next step multiplies by it.
+        if isinstance(step_size, Tensor):
+            rho = step_size.detach().to(batch.count).reshape(1)
+            # It is not read: out of range it counts as a batch without rows.
+            batch = batch.scale(torch.where((rho > 0) & (rho <= 1), 1.0, 0.0).squeeze())
+        else:
+            rho = batch.count.new_full((1,), 1.0 if step_size is None else step_size)
+        sums = batch if step_size is None else batch.merge(self._decayed(rho, batch.weight()))
+        usable, before = _is_usable(sums), self.running_step_size.clone()
+        # A subclass may have its own M-step, of sums alone.
+        self.maximize(sums, *(() if learned is EVERYTHING else (learned,)))
+        self.running_step_size.copy_(torch.where(usable, rho, before))
+        self.n_updates.add_(usable)
+        self.n_skipped.add_(batch.skipped.to(torch.int64))
+        return batch.mean_log_likelihood().to(self.means_.dtype)
+
+    @torch.no_grad()
+    def sinkhorn(
+        self,
+        x: Any,
+        sample_weight: Any = None,
+        *,
+        log_prior: Any = None,
+        marginals: Literal["uniform", "weights"] = "uniform",
+        epsilon: float = 1.0,
+        n_iterations: int = 10,
+        sync: bool = True,
+    ) -> Assignment:
+        """Return the assignment that gives each component its share of the rows `x`, for `em_step` on them.
+
+        See `tgmm_nn.transport.sinkhorn` for the problem that it solves.
+
+        Args:
+            x: Rows, shape ``(..., d)``.
+            sample_weight: Non-negative weight of each row, shape ``(...)``.
+            log_prior: Log-prior of each row over components, shape ``(..., K)``; with labels as −inf, each class is
+                balanced within.
+            marginals: Whether each component gets as much as any other, or its mixing weight.
+            epsilon: Entropic regularisation in nats; 1 is as soft as EM is, towards 0 rows are assigned wholly.
+            n_iterations: Number of times that the shares are scaled.
+            sync: Whether the rows of all ranks are balanced together; then every rank has to call this.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: If an argument has the wrong shape or range.
+
+        Example:
+            >>> from tgmm_nn import GaussianMixture
+            >>> gmm = GaussianMixture(2, 1).set_parameters([0.9, 0.1], [[0.0], [1.0]], [[[1.0]], [[1.0]]])
+            >>> x = torch.linspace(-1, 1, 6)[:, None]
+            >>> gmm.statistics(x, assignment=gmm.sinkhorn(x)).count
+            tensor([3.0000, 3.0000], dtype=torch.float64)
+        """
+        checks.check_choice("marginals", marginals, MARGINALS)
+        checks.check_number("epsilon", epsilon, strict=True)
+        checks.check_integer("n_iterations", n_iterations)
+        rows, *of_rows = self._flat(x, sample_weight, log_prior)
+        shares = self.weights_ if marginals == "weights" else torch.full_like(self.weights_, 1.0 / self.n_components)
+        how: dict[str, Any] = {"epsilon": epsilon, "n_iterations": n_iterations, "chunk_size": self.chunk_size}
+        with full_precision(rows.device):
+            return sinkhorn(rows, self.mixture(), self.covariance, shares, *of_rows, **how, sync=sync)
+
+    @torch.no_grad()
+    def reseed(self, components: Any, means: Any) -> None:
+        """Start some components anew, their running statistics with them, so that these don't pull them back.
+
+        Each gets a given mean, the covariance within all components, and the weight 1/K (with priors, the mode given
+        these); the others keep their means and covariances, and share the rest as before.
+
+        Args:
+            components: Different components, integers, shape ``(m,)``.
+            means: Their new means, shape ``(m, d)``.
+
+        Raises:
+            TypeError: If ``means`` hold no real numbers.
+            ValueError: If a component does not exist or is named twice, or ``means`` have the wrong shape or are not
+                finite; nothing is changed then.
+
+        Example:
+            >>> from tgmm_nn import GaussianMixture
+            >>> gmm = GaussianMixture(2, 1, "diag").set_parameters([1.0, 0.0], [[0.0], [9.0]], [[4.0], [1.0]])
+            >>> gmm.reseed([1], [[3.0]]); gmm.weights_, gmm.means_.flatten(), gmm.covariances_.flatten()
+            (tensor([0.5000, 0.5000]), tensor([0., 3.]), tensor([4., 4.]))
+        """
+        components = torch.as_tensor(components, dtype=torch.int64, device=self.means_.device)
+        anew = torch.isin(torch.arange(self.n_components, device=components.device), components)
+        if components.ndim != 1 or int(anew.sum()) != len(components):
+            raise ValueError(
+                f"Expected `components` to be different integers from 0 to {self.n_components - 1}, "
+                f"but got {components.tolist()}."
+            )
+        means = checks.check_array("means", means, self.running_first, (len(components), self.n_features))
+        places = self.means_.to(means).index_copy(0, components, means)
+        step_size = self.running_step_size.clone()
+        sums = reseed(self._running(), anew, places, self.covariance)
+        self.maximize(sums, Learned(means=anew, covariances=anew))
+        self.running_step_size.copy_(step_size)  # the next batch counts as it would have
+
+    # --------------------------------------------------------------------------------------------------- inside
+
+    def _em_options(self) -> Options:
+        ridge = (self.reg_covar, self.reg_covar_relative)
+        return Options(
+            self.covariance, self._priors_on_device, self.cem, self.max_iter, self.tol, *ridge, self.chunk_size
+        )
+
+    def _decayed(self, step_size: Tensor, weight: Tensor) -> Statistics:
+        """Return the running sums times γ; with no batch before, they count as one batch like this."""
+        previous = torch.where(self.running_step_size > 0, self.running_step_size, weight)
+        gamma = (previous * (1.0 / step_size - 1.0)).sum()
+        return self._running().scale(torch.where(weight > 0, gamma, 0.0))
+
+    def _assignment(self) -> Assignment:
+        return HARD if self.cem else SOFT
+
+    def _expect(self, x: Any, sample_weight: Any, log_prior: Any, assignment: Assignment | None) -> Statistics:
+        rows, *of_rows = self._flat(x, sample_weight, log_prior)
+        how: dict[str, Any] = {"assignment": assignment or self._assignment(), "chunk_size": self.chunk_size}
+        with full_precision(rows.device):
+            return functional.expectation(rows, self._snapshot(), self.covariance, *of_rows, **how)
+
+    def _flat(self, x: Any, sample_weight: Any, log_prior: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return rows ``(n, d)``, their weights and log-priors, checked and without gradient."""
+        x = self._checked(x)
+        rows = self._rows(x).detach()
+        sample_weight = checks.to_weights(sample_weight, x, rows.dtype, rows.device)
+        if log_prior is not None:
+            log_prior = checks.to_tensor("log_prior", log_prior, rows.dtype)
+            checks.check_log_prior(log_prior, (*x.shape[:-1], self.n_components))
+            log_prior = log_prior.detach().reshape(-1, self.n_components).to(rows)
+        return rows, sample_weight, log_prior
+
+
+def _is_usable(statistics: Statistics) -> Tensor:
+    """Return whether sums hold any row and are finite, without reading that on the host."""
+    total = statistics.weight()
+    return (total > 0) & torch.isfinite(total)
