@@ -1,11 +1,25 @@
 """A tiny LightningModule with a mixture inside, and a trainer that writes nothing."""
 
 import lightning
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tgmm_nn import GaussianMixture
+
+# Hints of Lightning that do not apply to runs this small.
+QUIET = [
+    pytest.mark.filterwarnings(f"ignore:{message}")
+    for message in (
+        ".*does not have many workers",
+        ".*isinstance.treespec, LeafSpec.",
+        ".*Trainer already configured with model summary",
+        ".*GPU available but not used",
+        "You defined a `validation_step` but have no `val_dataloader`",
+        "This process .* is multi-threaded:DeprecationWarning",
+    )
+]
 
 
 class Toy(lightning.LightningModule):

@@ -29,6 +29,11 @@ class MixtureEM(MixtureSteps):
 
     _start: Start
 
+    @property
+    def seed(self) -> int:
+        """Seed of the mixture's own draws: ``random_state``, or torch's initial seed where that is None."""
+        return torch.initial_seed() if self.random_state is None else self.random_state
+
     @torch.no_grad()
     def initialize(self: Self, x: Any, *, sample_weight: Any = None) -> Self:
         """Set a start for EM from the rows ``x``, by ``init_means``, ``init_weights`` and ``init_covariances``.
@@ -162,7 +167,7 @@ class MixtureEM(MixtureSteps):
         """Give starts of EM, parameters and the sums of total weight one that they belong to."""
         # Covariances that are given are taken as they are.
         ridge = (self.reg_covar, self.reg_covar_relative) if self._start.is_estimated else (0.0, False)
-        generator = torch.Generator().manual_seed(self._seed())
+        generator = torch.Generator().manual_seed(self.seed)
         for _ in range(n_starts):
             with full_precision(self.means_.device):
                 weights, means, elements = self._start.mixture(
@@ -174,6 +179,3 @@ class MixtureEM(MixtureSteps):
                 start = functional.maximize(sums, self._fresh(), self.covariance, *ridge)
                 sums = statistics_of(weights, means, elements, self.covariance)
             yield Parameters(weights, start.means, start.factor), sums
-
-    def _seed(self) -> int:
-        return torch.initial_seed() if self.random_state is None else self.random_state

@@ -2,53 +2,103 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import lightning
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
-from torchmetrics.utilities.distributed import gather_all_tensors
 
 from tgmm_nn import checks
-from tgmm_nn.distributed import broadcast_from_rank_zero, is_distributed, sum_over_ranks
-from tgmm_nn.lightning.sources import Embeddings, find_mixture
+from tgmm_nn.lightning.assigning import Assigning
+from tgmm_nn.lightning.bank import Bank
+from tgmm_nn.lightning.health import Health
+from tgmm_nn.lightning.modes import Accumulate, EMStep, Full, Minibatch, Mode, raise_nonfinite, start_on
+from tgmm_nn.lightning.monitor import Monitor
+from tgmm_nn.lightning.options import check_averaging, check_dependencies, check_learned
+from tgmm_nn.lightning.ranks import count_over_ranks
+from tgmm_nn.lightning.refresh import encode_again
+from tgmm_nn.lightning.schedule import Schedule
+from tgmm_nn.lightning.sources import Embeddings, attach_mixture, find_mixture
+from tgmm_nn.maximization import PARTS, Learned
 from tgmm_nn.mixture import GaussianMixture
 from tgmm_nn.schedules import PolynomialDecay
 
 __all__ = ["EMCallback"]
 
+MODES = ("minibatch", "accumulate", "full")
+STARTS = ("initialize", "fit")
+
 
 class EMCallback(lightning.Callback):
     r"""Run EM on a network's embeddings while the network trains.
 
-    Every update happens in ``on_train_batch_end``, after backward and the optimizer's step, and once per optimizer
-    step under gradient accumulation. Validation and the saved checkpoint therefore see the same mixture. Every number
-    that has to survive a resume is a buffer of the mixture. With several ranks the sums are added over ranks before
-    any buffer is written, so that they all hold the same mixture, the one that a single process would.
+    Every update happens in ``on_train_batch_end``, after backward and the optimizer's step, and once per optimizer step
+    under gradient accumulation; what an epoch collects is used at its last batch. Validation and the saved checkpoint
+    therefore see the same mixture. Every number that has to survive a resume is a buffer of the mixture, or a plain
+    number in the callback's state. With several ranks the sums are added over ranks before any buffer is written, so
+    that they all hold the same mixture, the one that a single process would.
 
-    Training goes on from a mixture that is already fitted; a fresh one is started by its own ``initialize`` on
-    embeddings of the epoch ``start_epoch`` or later: as soon as ``init_samples`` rows have been seen in it by all
-    ranks, else at its last batch.
+    Training goes on from a mixture that is already fitted; a fresh one is started on embeddings of the epoch
+    ``start_epoch`` or later: as soon as ``init_samples`` rows have been seen in it by all ranks, else at its last
+    batch. It is never started twice, also not after a resume.
+
+    Logged at each epoch's end, from the first: ``log_likelihood`` and ``entropy`` (of the responsibilities), in nats,
+    means over the rows of the epoch, each under the mixture that met it; ``effective_components``, the exponential of
+    the entropy of the weights; ``smallest_weight``; ``condition_number``, the largest of a covariance; ``moved``, how
+    far the means moved in the epoch, a weighted mean in standard deviations of the components; ``births``, ``deaths``
+    and ``reseeded``.
 
     Args:
-        module: Name of the `GaussianMixture` in the LightningModule.
+        module: Name of the `GaussianMixture` in the LightningModule; or a mixture, which is made a submodule of
+            it under ``name`` before a checkpoint is restored, so that a foreign module's checkpoints carry it.
         embeddings: Dotted name of the submodule whose output, ``(..., d)``, is clustered; or ``"outputs:<key>"`` for a
             key of what ``training_step`` returned. Several calls in a step are joined.
-        mode: ``"minibatch"`` makes one stepwise EM update per optimizer step. ``"full"`` keeps the rows of the epoch
-            and makes ``n_iterations`` exact EM updates on them at its last batch.
+        mode: ``"minibatch"`` makes stepwise EM updates, each from the rows of a step. ``"accumulate"`` makes exact EM
+            updates, each from the sums of the steps since the last one; ``"full"`` keeps their rows in a bank, and
+            makes ``n_iterations`` EM updates on it. Both use at an epoch's last batch what they have.
+        name: Name under which a mixture that is given as ``module`` is attached.
         start_epoch: First epoch, from 0, in which the mixture is started and updated; a float in (0, 1) is the share of
             ``max_epochs`` that has passed at that epoch's end.
         stop_epoch: First epoch without EM again; None goes on to the end.
         every_n_epochs: EM runs in every so many epochs, counted from the first; the others are not looked at.
-        every_n_steps: In ``"minibatch"``, an update is made at every so many optimizer steps of the training, from the
-            rows of that step.
-        step_size: Constant share of a batch in ``"minibatch"``; None takes the decreasing :math:`(t + t_0)^{-\kappa}`.
+        every_n_steps: Optimizer steps of the training from one update to the next. None is 1 in ``"minibatch"``, and an
+            epoch in the other modes.
+        step_size: Constant share of an update's rows in the running sums. None takes the decreasing
+            :math:`(t + t_0)^{-\kappa}` in ``"minibatch"``, and exact EM in the other modes.
         decay: :math:`\kappa` of that schedule, in (0.5, 1].
         offset: :math:`t_0` of that schedule, at least 1.
-        n_iterations: EM updates per epoch in ``"full"``.
+        n_iterations: In ``"full"``, EM iterations of an update.
+        tol: In ``"full"``, the iterations stop where the mean log-likelihood changes by less; None makes all of them.
+        refit: In ``"full"``, whether each update starts the mixture anew; components keep the indices of those before
+            that they share most rows with.
+        bank_size: In ``"full"``, rows that are kept over all ranks, and from epoch to epoch. None keeps all rows, until
+            they have been used.
+        bank_policy: Of a bank of a size: ``"fifo"`` keeps the newest rows, ``"reservoir"`` a uniform sample of all.
+        bank_per_component: Of a bank of a size: whether it is divided into banks of the components, for the rows that
+            were most probably theirs when they came.
+        min_fill: In ``"full"``, rows over all ranks that an update takes; with fewer in the bank there is none.
+        save_bank: Whether checkpoints carry a bank of a size; else it fills anew after a resume.
+        refresh: In ``"full"``, whether the bank is replaced at an epoch's last batch by the training rows encoded anew,
+            by ``predict_step`` in evaluation mode: all are then embeddings of the same network.
+        init: How a fresh mixture starts: by its ``"initialize"``, or by a whole ``"fit"`` of its ``n_init`` starts.
         init_samples: Rows over all ranks that start a fresh mixture.
+        assignment: How rows are shared: ``"soft"``ly, ``"hard"`` as in classification EM, or by ``"sinkhorn"``, which
+            gives each component its share. None leaves it to the mixture's ``cem``.
+        epsilon: Entropic regularisation of ``"sinkhorn"``, in nats.
+        sinkhorn_iterations: Iterations of ``"sinkhorn"``.
+        marginals: What ``"sinkhorn"`` gives the components: ``"uniform"`` shares, or their ``"weights"``.
+        temperature: T of ``"soft"`` and ``"sinkhorn"``, for :math:`r_{nk} \propto (\pi_k N_k)^{1/T}`.
+        temperature_epochs: Epochs of EM in which T falls to 1 geometrically: deterministic annealing. None keeps T.
+        update: What is learned, of ``"weights"``, ``"means"`` and ``"covariances"``; the rest is frozen.
+        frozen_components: Components that keep their parameters.
+        min_weight: A component that weighs less after each of ``patience`` updates is started anew on a badly explained
+            row, with its running statistics; None starts none anew. Below 1/K.
+        patience: See ``min_weight``.
+        on_nonfinite: Whether rows that are not finite are left out and counted, ``"skip"``, or ``"raise"`` on all ranks
+            before anything is changed.
         output_key: Key, or place, of the embeddings where the submodule returns a dictionary, a tuple or a list.
         channel_dim: Dimension that holds the features: -1 for ``(..., d)``, 1 for maps ``(B, d, H, W)``.
         normalize: Whether to scale each row to unit length. The mixture is then one of unit vectors: give it such rows
@@ -59,7 +109,7 @@ class EMCallback(lightning.Callback):
 
     Raises:
         TypeError: If an option has the wrong type.
-        ValueError: If an option is out of range or of the other mode, or, at the start, if a name does not exist.
+        ValueError: If an option is out of range or of another mode, or, at the start, if a name does not exist.
 
     References:
         Cappé and Moulines, On-line expectation-maximization algorithm for latent data models, 2009.
@@ -72,19 +122,40 @@ class EMCallback(lightning.Callback):
 
     def __init__(
         self,
-        module: str = "gmm",
+        module: str | GaussianMixture = "gmm",
         embeddings: str = "encoder",
-        mode: Literal["minibatch", "full"] = "minibatch",
+        mode: Literal["minibatch", "accumulate", "full"] = "minibatch",
         *,
+        name: str = "gmm",
         start_epoch: int | float = 0,
         stop_epoch: int | None = None,
         every_n_epochs: int = 1,
-        every_n_steps: int = 1,
+        every_n_steps: int | None = None,
         step_size: float | None = None,
         decay: float = 0.6,
         offset: float = 10.0,
         n_iterations: int = 1,
+        tol: float | None = None,
+        refit: bool = False,
+        bank_size: int | None = None,
+        bank_policy: Literal["fifo", "reservoir"] = "fifo",
+        bank_per_component: bool = False,
+        min_fill: int = 1,
+        save_bank: bool = False,
+        refresh: bool = False,
+        init: Literal["initialize", "fit"] = "initialize",
         init_samples: int = 10_000,
+        assignment: Literal["soft", "hard", "sinkhorn"] | None = None,
+        epsilon: float = 1.0,
+        sinkhorn_iterations: int = 10,
+        marginals: Literal["uniform", "weights"] = "uniform",
+        temperature: float = 1.0,
+        temperature_epochs: int | None = None,
+        update: Collection[str] = PARTS,
+        frozen_components: Sequence[int] = (),
+        min_weight: float | None = None,
+        patience: int = 10,
+        on_nonfinite: Literal["skip", "raise"] = "skip",
         output_key: str | int | None = None,
         channel_dim: int = -1,
         normalize: bool = False,
@@ -92,30 +163,38 @@ class EMCallback(lightning.Callback):
         prefix: str = "em",
         prog_bar: bool = True,
     ) -> None:
-        for name, value in (("module", module), ("prefix", prefix)):
-            checks.check_string(name, value)
-        checks.check_choice("mode", mode, ("minibatch", "full"))
-        if step_size is not None:
-            checks.check_number("step_size", step_size, 0.0, 1.0, strict=True)
-        for name, number in (("n_iterations", n_iterations), ("init_samples", init_samples)):
-            checks.check_integer(name, number)
-        checks.check_bool("prog_bar", prog_bar)
-        _check_epochs(start_epoch, stop_epoch)
-        for name, number in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
-            checks.check_integer(name, number)
-        _check_mode("minibatch", mode, step_size=(step_size, None), every_n_steps=(every_n_steps, 1))
-        _check_mode("full", mode, n_iterations=(n_iterations, 1))
-        self.module, self.mode, self.start_epoch = module, mode, start_epoch
-        self.stop_epoch, self.every_n_epochs, self.every_n_steps = stop_epoch, every_n_epochs, every_n_steps
-        self.step_size, self.schedule = step_size, PolynomialDecay(decay, offset)
-        self.n_iterations, self.init_samples = n_iterations, init_samples
+        options = {name: value for name, value in locals().items() if name != "self"}
+        checks.check_string("module", name if isinstance(module, GaussianMixture) else module)
+        checks.check_choice("mode", mode, MODES)
+        checks.check_choice("init", init, STARTS)
+        checks.check_choice("on_nonfinite", on_nonfinite, ("skip", "raise"))
+        checks.check_integer("init_samples", init_samples)
+        for flag in ("refresh", "save_bank", "prog_bar"):
+            checks.check_bool(flag, options[flag])
+        for text in ("name", "prefix"):
+            checks.check_string(text, options[text])
+        check_learned(update, frozen_components, min_weight)
+        self.mixture = module if isinstance(module, GaussianMixture) else None
+        self.module = module if isinstance(module, str) else name
+        self.mode, self.init, self.init_samples = mode, init, init_samples
+        self.save_bank, self.refresh = save_bank, refresh
+        self.learned = tuple(update), tuple(frozen_components)
         self.prefix, self.prog_bar = prefix, prog_bar
         self.source = Embeddings(embeddings, output_key, channel_dim, normalize, max_rows_per_step)
-        self._bank: list[Tensor] = []
-        self._started = False
-        self._last_step = 0
-        self._first_epoch = 0
-        self._last_value: Tensor | None = None
+        self.schedule = Schedule(start_epoch, stop_epoch, every_n_epochs, every_n_steps)
+        self.assigning = Assigning(assignment, epsilon, sinkhorn_iterations, marginals, temperature, temperature_epochs)
+        self.bank = Bank(bank_size, bank_policy, per_component=bank_per_component)
+        self.health, self.monitor = Health(min_weight, patience), Monitor(min_weight)
+        decreasing = PolynomialDecay(decay, offset) if mode == "minibatch" else None
+        self.em = EMStep(step_size, decreasing, raise_on_nonfinite=on_nonfinite == "raise")
+        full = Full(self.em, self.bank, n_iterations=n_iterations, tol=tol, min_fill=min_fill, refit=refit)
+        modes: dict[str, Mode] = {"minibatch": Minibatch(self.em), "accumulate": Accumulate(self.em), "full": full}
+        self._mode = modes[mode]
+        check_dependencies(EMCallback, options)
+        self._waiting: list[tuple[int, Tensor]] = []
+        self._started = self._heard = False
+        self._last_step = self._first_epoch = self._epoch = 0
+        self._saved_bank: Mapping[str, Tensor] = {}
 
     @property
     def state_key(self) -> str:
@@ -125,40 +204,64 @@ class EMCallback(lightning.Callback):
     # ---------------------------------------------------------------------------------------------------- hooks
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Raise if ``module`` or ``embeddings`` names nothing."""
+        """Attach the mixture if it was given, and raise if ``module`` or ``embeddings`` names nothing."""
+        if self.mixture is not None:
+            attach_mixture(pl_module, self.module, self.mixture)
         if stage == "fit":
             find_mixture(pl_module, self.module)
             self.source.check(pl_module)
+            check_averaging(trainer, self)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Start listening; a mixture that a checkpoint or the user has fitted is not started again."""
-        self._started = find_mixture(pl_module, self.module).fitted_
-        self._first_epoch = self._epoch_to_start(trainer.max_epochs)
-        self._last_step = trainer.global_step
+        gmm = self._gmm(pl_module)
+        self._started, self._heard = gmm.fitted_, False
+        self._first_epoch = self.schedule.first_epoch(trainer.max_epochs)
+        self._last_step, self._epoch = trainer.global_step, trainer.current_epoch
+        self.em.learned = Learned.from_options(gmm.n_components, *self.learned, gmm.means_.device)
+        self.health.begin(gmm)
+        self.bank.begin(gmm.n_components, gmm.seed)
+        if self._saved_bank:
+            self.bank.load_state_dict(self._saved_bank, gmm.means_.device)
+            self._saved_bank = {}
+        self._begin_epoch(gmm)
         self.source.attach(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Forget rows of an epoch that was cut short."""
-        self.source.take()
-        self._bank = []
+        self._epoch = trainer.current_epoch
+        self._begin_epoch(self._gmm(pl_module))
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Update once the optimizer has stepped, and at the epoch's last batch."""
         self.source.receive(outputs)
-        last = trainer.is_last_batch
-        if trainer.global_step == self._last_step and not last:
+        previous, step = self._last_step, trainer.global_step
+        last = trainer.is_last_batch or 0 < trainer.max_steps <= step
+        if step == previous and not last:
             return
-        self._last_step = trainer.global_step
-        gmm = find_mixture(pl_module, self.module)
-        rows = self._take(gmm, trainer.global_step)
-        due = trainer.global_step % self.every_n_steps == 0
-        value = self._update(gmm, rows, due, last) if self._runs_in(trainer.current_epoch) else None
-        value = _mean_log_density(gmm, rows) if value is None else value
-        # A batch without a usable row repeats the value before it: a logged nan would end an EarlyStopping.
-        self._last_value = value if self._last_value is None else torch.where(value.isnan(), self._last_value, value)
-        self._log(pl_module, gmm, self._last_value, len(rows))
+        self._last_step = step
+        gmm = self._gmm(pl_module)
+        rows = self._take(gmm, step)
+        self.monitor.see(gmm, rows)
+        if not self.schedule.runs_in(self._epoch, self._first_epoch):
+            return
+        if not self._collect(gmm, rows, step, last):
+            return
+        due = self.schedule.is_due(step, previous, default=last or not self._mode.by_epoch)
+        if due or (last and self._mode.has_windows):
+            if self.refresh and last:
+                self._mode.forget()
+                self._mode.collect(gmm, encode_again(trainer, pl_module, self.source), step)
+            self._update(gmm, step)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Log what became of the mixture in the epoch; validation and the checkpoint see the same."""
+        for name, value in self.monitor.values(self._gmm(pl_module)).items():
+            shown = self.prog_bar and name == "log_likelihood"
+            # All ranks hold the same numbers: the mean over them only tells Lightning so.
+            pl_module.log(f"{self.prefix}/{name}", value, prog_bar=shown, sync_dist=True)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Stop listening, and say so if the mixture was never started."""
@@ -179,124 +282,76 @@ class EMCallback(lightning.Callback):
         """Stop listening."""
         self._release()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resume needs beside the mixture's buffers, as plain numbers, and a bank that is to be saved."""
+        bank = self.bank.state_dict() if self.save_bank else {}
+        return {"starving": self.health.state_dict(), "bank": bank}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+        self.health.load_state_dict(state_dict.get("starving", []))
+        self._saved_bank = state_dict.get("bank", {}) if self.save_bank else {}
+
     # --------------------------------------------------------------------------------------------------- inside
 
-    def _runs_in(self, epoch: int) -> bool:
-        """Return whether EM runs in an epoch."""
-        since = epoch - self._first_epoch
-        stopped = self.stop_epoch is not None and epoch >= self.stop_epoch
-        return since >= 0 and since % self.every_n_epochs == 0 and not stopped
-
-    def _update(self, gmm: GaussianMixture, rows: Tensor, due: bool, last: bool) -> Tensor | None:
-        """Start the mixture or move it; return the mean log-likelihood before an update, None where there was none."""
-        if not self._started or self.mode == "full":
-            self._bank.append(rows)
-        if not self._started:
-            self._start(gmm, last)
-            if self.mode == "minibatch":
-                return None  # this batch is part of the start
-        if not self._started:
-            return None
-        if self.mode == "minibatch":
-            if not due:
-                return None
-            return gmm.em_step(
-                rows, step_size=self.step_size or self.schedule(gmm.n_updates.to(gmm.running_count.dtype))
-            )
-        if not last:
-            return None
-        bank, self._bank = torch.cat(self._bank), []
-        return [gmm.em_step(bank) for _ in range(self.n_iterations)][-1]
-
-    def _epoch_to_start(self, max_epochs: int | None) -> int:
-        """Return the first epoch of EM, and warn if training ends before it."""
-        if isinstance(self.start_epoch, int):
-            first = self.start_epoch
-        elif max_epochs is None or max_epochs < 1:
-            raise ValueError(
-                f"Expected `start_epoch` as an epoch where `max_epochs` is not set, but got {self.start_epoch}."
-            )
-        else:
-            first = math.ceil(round(self.start_epoch * max_epochs, 9)) - 1
-        if max_epochs is not None and 0 <= max_epochs <= first:
-            rank_zero_warn(f"EM does not run: start_epoch={first} is not reached with max_epochs={max_epochs}.")
-        return first
-
-    def _start(self, gmm: GaussianMixture, last: bool) -> None:
-        """Initialise from the rows of all ranks as soon as there are enough of them, the same on each rank."""
-        local = torch.tensor([sum(map(len, self._bank))], device=gmm.means_.device)
-        seen = int(sum_over_ranks(local))
-        if seen < gmm.n_components or (seen < self.init_samples and not last):
-            return
-        rows = torch.cat(self._bank)
-        if is_distributed():
-            rows = torch.cat(gather_all_tensors(rows))
-        rows = rows[torch.isfinite(rows).all(-1)]
-        if len(rows) < gmm.n_components:
-            return
-        gmm.initialize(rows)
-        broadcast_from_rank_zero(gmm.buffers(recurse=False))
-        self._started = True
-        if self.mode == "minibatch":
-            self._bank = []
+    def _gmm(self, pl_module: lightning.LightningModule) -> GaussianMixture:
+        return find_mixture(pl_module, self.module)
 
     def _take(self, gmm: GaussianMixture, step: int) -> Tensor:
+        """Return the rows of this rank since the last step; raise if nothing arrives in the first."""
         rows = self.source.take(step)
-        if rows is not None:
-            return rows
-        if not self._started and not self._bank:
+        if rows is None and not self._heard:
             raise RuntimeError(
                 f"Expected embeddings={self.source.source!r} to give rows in every training step, but its forward was "
                 "not called; name a submodule that the training step calls."
             )
-        return gmm.means_.new_empty(0, gmm.n_features)
+        self._heard = True
+        return gmm.means_.new_empty(0, gmm.n_features) if rows is None else rows
 
-    def _log(self, pl_module: lightning.LightningModule, gmm: GaussianMixture, value: Tensor, n_rows: int) -> None:
-        weights = gmm.weights_
-        values = {
-            "log_likelihood": value,
-            "effective_components": torch.special.entr(weights).sum().exp(),
-            "smallest_weight": weights.amin(),
-        }
-        for name, number in values.items():
-            pl_module.log(
-                f"{self.prefix}/{name}",
-                number,
-                on_step=False,
-                on_epoch=True,
-                prog_bar=self.prog_bar and name == "log_likelihood",
-                batch_size=max(n_rows, 1),
-                sync_dist=True,
-            )
+    def _collect(self, gmm: GaussianMixture, rows: Tensor, step: int, last: bool) -> bool:
+        """Hand the rows of a step to the mode, or wait for a start; return whether an update may follow."""
+        if self._started:
+            self._mode.collect(gmm, rows, step)
+            return True
+        self._waiting.append((step, rows))
+        if not self._start(gmm, last):
+            return False
+        waiting, self._waiting = self._waiting, []
+        if self.mode == "minibatch":
+            return False  # these rows are part of the start
+        for at, part in waiting:
+            self._mode.collect(gmm, part, at)
+        return True
+
+    def _start(self, gmm: GaussianMixture, last: bool) -> bool:
+        """Start a fresh mixture as soon as all ranks have seen enough rows; return whether it was."""
+        rows = torch.cat([part for _, part in self._waiting])
+        seen = count_over_ranks(len(rows), rows.device)
+        if seen < gmm.n_components or (seen < self.init_samples and not last):
+            return False
+        if self.em.raise_on_nonfinite:
+            bad = (~torch.isfinite(rows).all(-1)).sum()
+            if n := count_over_ranks(int(bad), rows.device):
+                raise_nonfinite(n)
+        self._started = start_on(gmm, rows, gmm.fit if self.init == "fit" else gmm.initialize)
+        if self._started:
+            self.monitor.follow(gmm)
+        return self._started
+
+    def _update(self, gmm: GaussianMixture, step: int) -> None:
+        """Move the mixture, and look after its components."""
+        rows = self._mode.update(gmm)
+        if rows is not None:
+            self.monitor.count(gmm, self.health.after_update(gmm, rows, self.em.learned.means, step))
+
+    def _begin_epoch(self, gmm: GaussianMixture) -> None:
+        self.source.take()
+        self._mode.forget()
+        self._waiting = []
+        self.monitor.begin(gmm)
+        self.em.assign = partial(self.assigning.of, epoch=self._epoch - self._first_epoch)
 
     def _release(self) -> None:
         self.source.detach()
-        self._bank = []
-
-
-def _check_epochs(start_epoch: Any, stop_epoch: Any) -> None:
-    """Raise unless the two are epochs, the first of them perhaps a share, in this order."""
-    if isinstance(start_epoch, float):
-        checks.check_share("start_epoch", start_epoch)
-    else:
-        checks.check_integer("start_epoch", start_epoch, minimum=0)
-    checks.check_integer("stop_epoch", stop_epoch, optional=True)
-    if stop_epoch is not None and stop_epoch <= start_epoch:
-        raise ValueError(f"Expected `stop_epoch` above start_epoch={start_epoch}, but got {stop_epoch}.")
-
-
-def _check_mode(mode: str, chosen: str, **options: tuple[Any, Any]) -> None:
-    """Raise if an option, given with its default, is set although it belongs to another mode than the chosen one."""
-    for name, (value, default) in options.items():
-        if chosen != mode and value != default:
-            raise ValueError(
-                f"Expected `{name}` only with mode={mode!r}, but got {value} with mode={chosen!r}; "
-                f"set {name}={'null' if default is None else default}."
-            )
-
-
-@torch.no_grad()
-def _mean_log_density(gmm: GaussianMixture, rows: Tensor) -> Tensor:
-    """Return the mean log-density of the finite rows; nan where there are none."""
-    density = gmm(rows)
-    return torch.where(torch.isfinite(density), density, torch.nan).nanmean()
+        self._mode.forget()
+        self._waiting = []

@@ -38,6 +38,18 @@ def find_mixture(root: nn.Module, name: str) -> GaussianMixture:
     return gmm
 
 
+def attach_mixture(root: nn.Module, name: str, gmm: GaussianMixture) -> None:
+    """Make a mixture a submodule, unless it is that already; raise where another attribute has the name."""
+    if getattr(root, name, None) is gmm:
+        return
+    if hasattr(root, name):
+        raise ValueError(
+            f"Expected `name` to be free in {type(root).__name__}, but {name!r} is there already; choose another name, "
+            "or give it as `module` if it is the mixture."
+        )
+    root.add_module(name, gmm)
+
+
 class Embeddings:
     """Rows of the training batches since they were last taken, detached, as they pass through the network.
 

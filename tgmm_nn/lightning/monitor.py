@@ -1,0 +1,77 @@
+"""What the callback tells of a mixture in training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tgmm_nn.distributed import sum_over_ranks
+from tgmm_nn.functional import Parameters, distance
+from tgmm_nn.mixture import GaussianMixture
+
+__all__ = ["Monitor"]
+
+
+class Monitor:
+    """Numbers of an epoch, kept on the device until the epoch ends: a log call in every step would cost more than EM.
+
+    A component is dead whose weight is below ``min_weight``, or zero where that is None.
+    """
+
+    def __init__(self, min_weight: float | None = None) -> None:
+        self.min_weight = min_weight
+        self._means: Tensor | None = None
+
+    @torch.no_grad()
+    def begin(self, gmm: GaussianMixture) -> None:
+        """Start an epoch."""
+        self._totals = gmm.running_count.new_zeros(3)
+        self._n_reseeded = 0
+        self._births = self._deaths = gmm.n_updates.new_zeros(())
+        self.follow(gmm)
+
+    @torch.no_grad()
+    def follow(self, gmm: GaussianMixture) -> None:
+        """Measure from here on how far the components move."""
+        self._before = Parameters(*(p.clone() for p in gmm.mixture()))
+        self._alive = self._are_alive(gmm)
+
+    @torch.no_grad()
+    def see(self, gmm: GaussianMixture, rows: Tensor) -> None:
+        """Add up log-density and entropy of the finite rows, and count these; before an update."""
+        density, entropy = gmm.log_density_and_entropy(rows)
+        finite = torch.isfinite(density)
+        values = torch.stack([torch.where(finite, v, 0.0) for v in (density, entropy, torch.ones_like(density))])
+        self._totals = self._totals + values.sum(-1, dtype=self._totals.dtype)
+
+    @torch.no_grad()
+    def count(self, gmm: GaussianMixture, n_reseeded: int) -> None:
+        """Count births and deaths of an update."""
+        alive = self._are_alive(gmm)
+        self._births = self._births + (alive & ~self._alive).sum()
+        self._deaths = self._deaths + (self._alive & ~alive).sum()
+        self._alive = alive
+        self._n_reseeded += n_reseeded
+
+    @torch.no_grad()
+    def values(self, gmm: GaussianMixture) -> dict[str, Tensor]:
+        """Return what is logged, the same on every rank; every rank has to call this."""
+        totals, weights = sum_over_ranks(self._totals), gmm.weights_
+        means = totals[:2] / totals[2]
+        # An epoch without a usable row repeats the one before it: a logged nan would end an EarlyStopping.
+        self._means = means if self._means is None else torch.where(means.isnan(), self._means, means)
+        values = {
+            "log_likelihood": self._means[0],
+            "entropy": self._means[1],
+            "effective_components": torch.special.entr(weights).sum().exp(),
+            "smallest_weight": weights.amin(),
+            "condition_number": gmm.condition_numbers().amax(),
+            "moved": weights @ distance(gmm.means_, self._before, gmm.covariance),
+            "births": self._births,
+            "deaths": self._deaths,
+            "reseeded": weights.new_tensor(self._n_reseeded),
+        }
+        return {name: value.to(weights.dtype) for name, value in values.items()}
+
+    def _are_alive(self, gmm: GaussianMixture) -> Tensor:
+        return gmm.weights_ > 0 if self.min_weight is None else gmm.weights_ >= self.min_weight

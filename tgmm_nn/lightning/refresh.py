@@ -1,0 +1,63 @@
+"""Encode the training rows anew, with the network as it is at an epoch's end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from tgmm_nn.data import untouched_generators
+from tgmm_nn.lightning.sources import Embeddings
+
+__all__ = ["encode_again"]
+
+
+@torch.no_grad()
+def encode_again(trainer: lightning.Trainer, pl_module: lightning.LightningModule, source: Embeddings) -> Tensor:
+    """Return the rows of an epoch's batches, passed by ``predict_step`` in evaluation mode, shape ``(n, d)``.
+
+    To be called at an epoch's last batch only: a loader with persistent workers has one iterator, and starting it over
+    in mid-epoch would cut the epoch short. No global generator is advanced, so that training goes on as it would have.
+
+    Args:
+        trainer: The trainer; it gives the loader, of which as many batches are taken as training took.
+        pl_module: The module, whose ``predict_step`` is called with each batch.
+        source: Listens to what passes.
+
+    Raises:
+        TypeError: If there is more than one training loader.
+        RuntimeError: If nothing passes.
+    """
+    loader = trainer.train_dataloader
+    if isinstance(loader, (dict, list, tuple)) or loader is None:
+        raise TypeError(f"Expected one training loader with refresh=True, but got {type(loader).__name__}.")
+    parts: list[Tensor] = []
+    limit = trainer.num_training_batches
+    with untouched_generators(loader), evaluation(pl_module), trainer.precision_plugin.forward_context():
+        for number, batch in enumerate(islice(loader, None if limit == float("inf") else int(limit))):
+            outputs = pl_module.predict_step(trainer.strategy.batch_to_device(batch), number)
+            source.receive(outputs)
+            rows = source.take(number)
+            if rows is None:
+                raise RuntimeError(
+                    f"Expected `predict_step` to pass a training batch by embeddings={source.source!r}, for "
+                    "refresh=True, but nothing arrived; override predict_step, or set refresh=False."
+                )
+            parts.append(rows)
+    return torch.cat(parts)
+
+
+@contextmanager
+def evaluation(module: nn.Module) -> Iterator[None]:
+    """Put a module and its parts into evaluation mode, and each back into its own."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
