@@ -102,7 +102,7 @@ def test_a_share_of_endless_training_raises():
         trainer(EMCallback(start_epoch=0.5), max_epochs=-1, max_steps=3).fit(Toy(), loader())
 
 
-@pytest.mark.parametrize("mode", ["minibatch", "full"])
+@pytest.mark.parametrize("mode", ["minibatch", "accumulate", "full"])
 def test_a_mixture_that_never_had_enough_rows_is_told_of(mode):
     model = Toy()
     model.gmm = GaussianMixture(100, 2)
@@ -145,7 +145,7 @@ def test_accumulated_batches_make_one_update_per_optimizer_step(mode):
 # ------------------------------------------------------------------------------- the place in the training loop
 
 
-@pytest.mark.parametrize("mode", ["minibatch", "full"])
+@pytest.mark.parametrize("mode", ["minibatch", "accumulate", "full"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_density_may_be_in_the_loss(mode, accumulate):
     """An update between forward and backward would raise 'modified by an inplace operation'."""
@@ -156,7 +156,7 @@ def test_the_density_may_be_in_the_loss(mode, accumulate):
     assert int(model.gmm.n_updates) > 0
 
 
-@pytest.mark.parametrize("mode", ["minibatch", "full"])
+@pytest.mark.parametrize("mode", ["minibatch", "accumulate", "full"])
 def test_validation_and_the_checkpoint_see_the_same_mixture(mode, tmp_path):
     model = Toy()
     checkpoint = ModelCheckpoint(tmp_path, filename="last")
@@ -210,7 +210,7 @@ def test_two_callbacks_move_two_mixtures():
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-@pytest.mark.parametrize("mode", ["minibatch", "full"])
+@pytest.mark.parametrize("mode", ["minibatch", "accumulate", "full"])
 def test_resuming_at_an_epochs_end_is_bit_equal_and_starts_nothing_anew(mode, tmp_path):
     def run(model, max_epochs, folder, ckpt_path=None):
         checkpoint = ModelCheckpoint(tmp_path, filename=folder, enable_version_counter=False)
@@ -255,7 +255,7 @@ def test_the_hook_is_removed_however_training_ends(error):
 # ------------------------------------------------------------------------------------------------------ logging
 
 
-@pytest.mark.parametrize("mode", ["minibatch", "full"])
+@pytest.mark.parametrize("mode", ["minibatch", "accumulate", "full"])
 def test_a_batch_without_a_usable_row_does_not_make_the_logged_likelihood_nan(mode):
     x = rows(40)
     x[10:20] = torch.nan
@@ -270,7 +270,7 @@ def test_a_batch_without_a_usable_row_does_not_make_the_logged_likelihood_nan(mo
     assert int(model.gmm.n_skipped) == 20
 
 
-@pytest.mark.parametrize("mode", ["minibatch", "full"])
+@pytest.mark.parametrize("mode", ["minibatch", "accumulate", "full"])
 def test_a_finite_likelihood_is_logged_from_the_first_epoch(mode):
     """A monitored key that is missing, or nan, makes EarlyStopping raise or stop."""
     values = []
@@ -492,7 +492,7 @@ def test_several_calls_in_a_step_are_joined():
     assert_same_state(state(model.gmm), state(by_hand))
 
 
-@pytest.mark.parametrize("mode", ["minibatch", "full"])
+@pytest.mark.parametrize("mode", ["minibatch", "accumulate", "full"])
 def test_normalized_rows_have_unit_length(mode):
     model = started()
     by_hand = copy.deepcopy(model.gmm)

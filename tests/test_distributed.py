@@ -1,7 +1,11 @@
 """EM over two processes is EM of one process that has all rows."""
 
 import datetime
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +13,10 @@ import torch.distributed as dist
 from oracles import assert_near, random_layer
 from torch import multiprocessing
 
-from tgmm_nn.distributed import broadcast_from_rank_zero, is_distributed, sum_over_ranks
+from tgmm_nn import GaussianMixture
+from tgmm_nn.distributed import broadcast_from_rank_zero, is_distributed, stack_over_ranks, sum_over_ranks
 
+ROOT = Path(__file__).parents[1]
 FORK_IS_WANTED = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 SECONDS = 60
 
@@ -105,11 +111,30 @@ def test_sums_and_broadcasts_over_ranks(tmp_path):
         mine = torch.tensor([1.0, 10.0]) * (rank + 1)
         total = sum_over_ranks(mine)
         assert torch.equal(mine, torch.tensor([1.0, 10.0]) * (rank + 1))  # the message is not overwritten
+        stacked, own = stack_over_ranks(mine), stack_over_ranks(mine, sync=False)
+        assert torch.equal(own, mine[None])
         broadcast_from_rank_zero([mine])
-        return total, mine
+        return total, mine, stacked
 
-    for total, said in on_two_ranks(talk, tmp_path):
+    for total, said, stacked in on_two_ranks(talk, tmp_path):
         assert_near((total, said), (torch.tensor([3.0, 30.0]), torch.tensor([1.0, 10.0])))
+        assert_near(stacked, torch.tensor([[1.0, 10.0], [2.0, 20.0]]))
+
+
+@FORK_IS_WANTED
+def test_sinkhorn_balances_the_rows_of_all_ranks_together(generator, tmp_path):
+    """One rank has a third of the rows, and another weight; alone it would balance to other shares."""
+    gmm = random_layer("full", generator)
+    x = rows(generator)
+    weight = torch.rand(50, generator=generator, dtype=torch.float64)
+    whole = gmm.sinkhorn(x, weight, n_iterations=50)
+
+    def balance(rank):
+        part = slice(0, 17) if rank == 0 else slice(17, 50)
+        return gmm.sinkhorn(x[part], weight[part], n_iterations=50).offset
+
+    for offset in on_two_ranks(balance, tmp_path):
+        assert_near(offset, whole.offset, 1e-10)
 
 
 def test_alone_there_is_nothing_to_do():
@@ -118,3 +143,21 @@ def test_alone_there_is_nothing_to_do():
     assert sum_over_ranks(x) is x
     broadcast_from_rank_zero([x])
     assert torch.equal(x, torch.ones(3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_ranks", [2, 3])
+def test_the_example_gives_under_torchrun_what_it_gives_in_one_process(n_ranks, tmp_path):
+    """Plain torch.distributed, without Lightning: uneven shares of the rows, exact steps; and all ranks end."""
+    script = [str(ROOT / "examples" / "em_on_ranks.py"), "--steps", "8", "--save"]
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    how = {"env": environment, "capture_output": True, "text": True, "timeout": 120}
+    together = subprocess.run([*ranks, *script, str(tmp_path / "ranks.pt"), "--batches", "0"], check=True, **how)
+    alone = subprocess.run([sys.executable, *script, str(tmp_path / "one.pt"), "--batches", "0"], check=True, **how)
+    assert f"{n_ranks} ranks, {-(-1797 // n_ranks)} rows on rank 0" in together.stdout
+    assert alone.stdout.splitlines()[:2] == together.stdout.splitlines()[:2]
+    one, several = (GaussianMixture.load(tmp_path / f"{name}.pt") for name in ("one", "ranks"))
+    assert int(one.n_updates) == 8
+    for name, buffer in one.named_buffers():
+        torch.testing.assert_close(getattr(several, name), buffer, rtol=1e-4, atol=1e-4, equal_nan=True, msg=name)
