@@ -21,9 +21,8 @@ def main():
     parser.add_argument("--batches", type=int, default=3, help="minibatch steps after these")
     parser.add_argument("--save", help="file for the fitted mixture")
     arguments = parser.parse_args()
-    if "RANK" not in os.environ:  # not under torchrun: a group of one
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    dist.init_process_group("gloo")
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # torchrun sets it
+    dist.init_process_group("gloo", **alone)
     rank, n_ranks = dist.get_rank(), dist.get_world_size()
 
     x = torch.from_numpy(load_digits().data).float() / 16
