@@ -29,8 +29,8 @@ ORDER = (
     "state",
     "learning",
     "mixture",
-    "metrics",
     "plotting",
+    "metrics",
     "lightning",
     "experiments",
 )
