@@ -187,6 +187,15 @@ def test_a_module_cast_to_half_keeps_what_its_metric_has_counted(metric, names, 
     assert torch.equal(inside[0].compute(), expected)
 
 
+@pytest.mark.parametrize(("metric", "names"), METRICS[3:])
+def test_on_a_device_without_float64_sums_are_kept_in_float32(metric, names, inputs, monkeypatch):
+    monkeypatch.setattr("tgmm_nn.metrics.accumulator_dtype", lambda device: torch.float32)
+    narrow, wide = make(metric).to("cpu"), make(metric)
+    value = narrow(*(inputs[name] for name in names))
+    assert {state.dtype for state in narrow.metric_state.values()} <= {torch.float32, torch.int64}
+    torch.testing.assert_close(value, wide(*(inputs[name] for name in names)), check_dtype=False)
+
+
 @pytest.mark.parametrize(("metric", "names"), METRICS[3:6])
 def test_gradients_are_those_of_the_formula(metric, names, inputs):
     leaf = inputs[names[0]].double().requires_grad_()
