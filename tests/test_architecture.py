@@ -32,8 +32,8 @@ ORDER = (
     "steps",
     "learning",
     "mixture",
-    "metrics",
     "plotting",
+    "metrics",
     "lightning",
     "experiments",
 )

@@ -1,11 +1,21 @@
 """Pictures: what is drawn is where the mathematics says."""
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.patches import Ellipse
 
 from tgmm_nn import GaussianMixture
-from tgmm_nn.plotting import new_axes, plot_curves, plot_images, plot_latent, principal_plane, save
+from tgmm_nn.plotting import (
+    new_axes,
+    plot_contingency,
+    plot_curves,
+    plot_images,
+    plot_latent,
+    plot_reliability,
+    principal_plane,
+    save,
+)
 
 
 def ellipses(ax):
@@ -65,3 +75,40 @@ def test_functions_draw_into_the_axes_they_are_given(generator):
     images = plot_images(torch.rand(7, 8, 8), [str(k) for k in range(7)])
     assert [ax.get_title() for ax in images[:7]] == [str(k) for k in range(7)]
     assert not any(ax.axison for ax in images)
+
+
+@pytest.mark.parametrize(("shape", "written"), [((3, 5), True), ((15, 15), True), ((16, 2), False), ((40, 30), False)])
+def test_a_table_holds_its_numbers_where_there_is_room_and_its_ticks_are_integers(shape, written, generator, tmp_path):
+    table = torch.randint(100, shape, generator=generator)
+    given = new_axes()[0]
+    ax = plot_contingency(table, title="a title", ax=given)
+    assert ax is given
+    assert (ax.get_title(), ax.get_xlabel(), ax.get_ylabel()) == ("a title", "class", "cluster")
+    assert [int(text.get_text()) for text in ax.texts] == (table.flatten().tolist() if written else [])
+    save(ax, tmp_path / "table.png")
+    assert all(float(tick).is_integer() for tick in (*ax.get_xticks(), *ax.get_yticks()))
+
+
+def test_numbers_of_a_table_stand_out_from_their_cells():
+    ax = plot_contingency(torch.tensor([[0, 40], [60, 100]]))
+    grey = ax.images[0].cmap(ax.images[0].norm([0, 40, 60, 100]))[:, 0]
+    assert [text.get_color() for text in ax.texts] == ["black", "black", "white", "white"]
+    assert (grey[:2] > 0.5).all()
+    assert (grey[2:] < 0.5).all()
+
+
+def test_a_reliability_diagram_shows_accuracy_over_confidence_and_the_share_of_rows(tmp_path):
+    nan, given = torch.nan, new_axes()[0]
+    confidence, accuracy = torch.tensor([nan, 0.4, 0.7, 1.0]), torch.tensor([nan, 0.5, 0.5, 1.0])
+    ax = plot_reliability(confidence, accuracy, torch.tensor([0.0, 0.5, 0.25, 0.25]), title="digits:", ax=given)
+    assert ax is given
+    assert ax.get_title() == "digits: calibration error 0.100"
+    np.testing.assert_allclose(ax.lines[-1].get_xdata(), confidence)
+    np.testing.assert_allclose(ax.lines[-1].get_ydata(), accuracy)
+    np.testing.assert_allclose(ax.patches[0].get_data().values, [0.0, 0.5, 0.25, 0.25])
+    save(ax, tmp_path / "reliability.png")
+
+
+def test_a_reliability_diagram_of_no_row_says_nan():
+    nothing = torch.full((3,), torch.nan)
+    assert plot_reliability(nothing, nothing, nothing).get_title() == "calibration error nan"

@@ -12,11 +12,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Ellipse
+from matplotlib.ticker import FixedLocator, MaxNLocator
 from torch import Tensor
 
 from tgmm_nn.mixture import GaussianMixture
 
-__all__ = ["new_axes", "plot_curves", "plot_images", "plot_latent", "principal_plane", "save"]
+__all__ = [
+    "new_axes",
+    "plot_contingency",
+    "plot_curves",
+    "plot_images",
+    "plot_latent",
+    "plot_reliability",
+    "principal_plane",
+    "save",
+]
 
 COLORS = colormaps["tab10"]
 
@@ -111,6 +121,70 @@ def plot_curves(
         ax.set(ylabel=name, xlabel="epoch")
         ax.grid(alpha=0.3)
     return axes
+
+
+def plot_contingency(table: Tensor, *, title: str = "", ax: Axes | None = None) -> Axes:
+    """Draw the numbers of rows by cluster and class as a heat map, dark where there are many.
+
+    Up to 15 clusters and classes each cell holds its number. Clusters and classes stand in the order of the table.
+
+    Args:
+        table: Numbers of rows, shape ``(K, C)``.
+        title: Title of the axes.
+        ax: Axes to draw into.
+
+    Example:
+        >>> ax = plot_contingency(torch.tensor([[9, 1], [0, 5]]))
+        >>> [text.get_text() for text in ax.texts]
+        ['9', '1', '0', '5']
+    """
+    ax = ax or new_axes()[0]
+    largest = max(int(table.max()), 1)
+    image = ax.imshow(table.cpu().numpy(), cmap="Greys", vmin=0, vmax=largest, aspect="auto")
+    ax.figure.colorbar(image, ax=ax, label="rows")
+    ax.set(title=title, xlabel="class", ylabel="cluster")
+    for axis, size in ((ax.yaxis, table.shape[0]), (ax.xaxis, table.shape[1])):
+        axis.set_major_locator(FixedLocator(range(size)) if size <= 15 else MaxNLocator(integer=True))
+    if max(table.shape) <= 15:
+        for k, c in torch.ones_like(table).nonzero().tolist():
+            number = int(table[k, c])
+            color = "white" if 2 * number > largest else "black"
+            ax.text(c, k, str(number), ha="center", va="center", fontsize=9, color=color)
+    return ax
+
+
+def plot_reliability(
+    confidence: Tensor, accuracy: Tensor, share: Tensor, *, title: str = "", ax: Axes | None = None
+) -> Axes:
+    """Draw the accuracy of rows over their confidence, by bins of equal width, with the share of rows in each bin.
+
+    Calibrated rows lie on the diagonal; below it they are too confident. The title ends with the expected calibration
+    error, the mean distance from the diagonal.
+
+    Args:
+        confidence: Mean confidence of the rows in each bin of [0, 1], shape ``(B,)``; nan where a bin is empty.
+        accuracy: Accuracy of the rows in each bin, shape ``(B,)``; nan where a bin is empty.
+        share: Share of all rows in each bin, shape ``(B,)``.
+        title: What the title of the axes starts with.
+        ax: Axes to draw into.
+
+    Example:
+        >>> nan = torch.nan
+        >>> ax = plot_reliability(torch.tensor([nan, 0.9]), torch.tensor([nan, 0.7]), torch.tensor([0.0, 1.0]))
+        >>> ax.get_title()
+        'calibration error 0.200'
+    """
+    ax = ax or new_axes()[0]
+    error = torch.where(share == 0, 0.0, (accuracy - confidence).abs() * share).sum()
+    ax.stairs(
+        share.tolist(), torch.linspace(0, 1, len(share) + 1).tolist(), fill=True, color="0.85", label="share of rows"
+    )
+    ax.plot([0, 1], [0, 1], ls="--", color="0.4", label="calibrated")
+    ax.plot(confidence.tolist(), accuracy.tolist(), marker="o", color="C0", label="accuracy of a bin")
+    ax.set(title=f"{title} calibration error {float(error):.3f}".strip(), xlabel="confidence", ylabel="accuracy")
+    ax.set(xlim=(0, 1), ylim=(0, 1.02))
+    ax.legend(loc="upper left", fontsize=8)
+    return ax
 
 
 def _name_colors(ax: Axes, labels: Tensor) -> None:

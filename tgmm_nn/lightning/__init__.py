@@ -1,7 +1,8 @@
-"""EM while a network trains, as Lightning callbacks."""
+"""EM while a network trains, as Lightning callbacks, and what they tell of it."""
 
 from tgmm_nn.lightning.callback import EMCallback
+from tgmm_nn.lightning.clusters import ClusterMetricsCallback
 from tgmm_nn.lightning.pictures import LatentPlotCallback
 from tgmm_nn.lightning.sources import Embeddings
 
-__all__ = ["EMCallback", "Embeddings", "LatentPlotCallback"]
+__all__ = ["ClusterMetricsCallback", "EMCallback", "Embeddings", "LatentPlotCallback"]

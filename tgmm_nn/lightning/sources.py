@@ -1,4 +1,4 @@
-"""Where the callback's rows come from: a forward hook on a submodule, or a key of what ``training_step`` returned."""
+"""Where callbacks' rows come from: a forward hook on a submodule, or a key of what the step returned."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from tgmm_nn import checks
 from tgmm_nn.mixture import GaussianMixture
 from tgmm_nn.statistics import wider_dtype
 
-__all__ = ["Embeddings", "find_mixture", "submodule"]
+__all__ = ["OUTPUTS", "STEPS", "Embeddings", "find_mixture", "item", "returned_item", "submodule"]
 
 OUTPUTS = "outputs:"
+STEPS = {"train": "training_step", "validate": "validation_step", "test": "test_step"}
 
 
 def submodule(root: nn.Module, name: str, argument: str) -> nn.Module:
@@ -50,17 +51,40 @@ def attach_mixture(root: nn.Module, name: str, gmm: GaussianMixture) -> None:
     root.add_module(name, gmm)
 
 
+def item(container: Any, key: str | int, owner: str, argument: str) -> Any:
+    """Return what a dictionary, a tuple or a list holds under a key or at a place, or raise and list what there is."""
+    if isinstance(container, Mapping) and key in container:
+        return container[key]
+    if isinstance(container, (tuple, list)) and isinstance(key, int) and key < len(container):
+        return container[key]
+    there = sorted(container, key=str) if isinstance(container, Mapping) else None
+    size = f"{len(container)} elements" if isinstance(container, (tuple, list)) else type(container).__name__
+    raise ValueError(f"Expected {owner} to hold {argument}={key!r}, but got {there or size}.")
+
+
+def returned_item(outputs: Any, source: str, step: str, argument: str) -> Any:
+    """Return what a step returned under the key of ``"outputs:<key>"``, or raise and list what there is."""
+    key = source.removeprefix(OUTPUTS)
+    if not isinstance(outputs, Mapping) or key not in outputs:
+        known = sorted(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
+        raise ValueError(
+            f"Expected `{step}` to return a dictionary with {key!r} for {argument}={source!r}, but got {known}."
+        )
+    return outputs[key]
+
+
 class Embeddings:
-    """Rows of the training batches since they were last taken, detached, as they pass through the network.
+    """Rows of the batches of one stage since they were last taken, detached, as they pass through the network.
 
     Args:
-        source: Dotted name of a submodule, or ``"outputs:<key>"``, a key of the dictionary that ``training_step``
+        source: Dotted name of a submodule, or ``"outputs:<key>"``, a key of the dictionary that the stage's step
             returned.
         output_key: Key, or place, of the tensor where the submodule returns a dictionary, a tuple or a list.
         channel_dim: Dimension that holds the features: -1 for ``(..., d)``, 1 for maps ``(B, d, H, W)``. The others
             are rows.
         normalize: Whether to scale each row to unit length.
         max_rows_per_step: Most rows of a step; of more, as many are drawn, by the number of the step.
+        stage: Whose batches are read: ``"train"``, ``"validate"`` or ``"test"``. The sanity check is none of them.
 
     Raises:
         TypeError: If an option has the wrong type.
@@ -74,6 +98,7 @@ class Embeddings:
         channel_dim: int = -1,
         normalize: bool = False,
         max_rows_per_step: int | None = None,
+        stage: str = "train",
     ) -> None:
         checks.check_string("embeddings", source)
         if output_key is not None and not isinstance(output_key, str):
@@ -82,19 +107,20 @@ class Embeddings:
             raise TypeError(f"Expected `channel_dim` to be an integer, but got {channel_dim!r}.")
         checks.check_bool("normalize", normalize)
         checks.check_integer("max_rows_per_step", max_rows_per_step, optional=True)
+        checks.check_choice("stage", stage, STEPS)
         self.source, self.output_key, self.channel_dim = source, output_key, channel_dim
-        self.normalize, self.max_rows_per_step = normalize, max_rows_per_step
+        self.normalize, self.max_rows_per_step, self.stage = normalize, max_rows_per_step, stage
         if self.returned_key is not None and output_key is not None:
             raise ValueError(
                 f"Expected `output_key` only where `embeddings` names a submodule, but got {output_key!r} with "
-                f"{source!r}; let training_step return the tensor itself."
+                f"{source!r}; let {STEPS[stage]} return the tensor itself."
             )
         self._parts: list[Tensor] = []
         self._handle: RemovableHandle | None = None
 
     @property
     def returned_key(self) -> str | None:
-        """Key of the training step's output, or None where a submodule is hooked."""
+        """Key of the step's output, or None where a submodule is hooked."""
         return self.source.removeprefix(OUTPUTS) if self.source.startswith(OUTPUTS) else None
 
     def check(self, pl_module: lightning.LightningModule) -> None:
@@ -110,7 +136,7 @@ class Embeddings:
             return
 
         def store(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if trainer.training:
+            if trainer.state.stage == self.stage:
                 self._store(output)
 
         self._handle = submodule(pl_module, self.source, "embeddings").register_forward_hook(store)
@@ -122,16 +148,9 @@ class Embeddings:
         self._handle, self._parts = None, []
 
     def receive(self, outputs: Any) -> None:
-        """Take the rows from what ``training_step`` returned, where they come from there."""
-        if self.returned_key is None:
-            return
-        if not isinstance(outputs, dict) or self.returned_key not in outputs:
-            known = sorted(outputs) if isinstance(outputs, dict) else type(outputs).__name__
-            raise ValueError(
-                f"Expected `training_step` to return a dictionary with {self.returned_key!r} for "
-                f"embeddings={self.source!r}, but got {known}."
-            )
-        self._store(outputs[self.returned_key])
+        """Take the rows from what the step returned, where they come from there."""
+        if self.returned_key is not None:
+            self._store(returned_item(outputs, self.source, STEPS[self.stage], "embeddings"))
 
     def take(self, step: int = 0) -> Tensor | None:
         """Return the rows since the last call as ``(n, d)`` and forget them; None where there were none.
@@ -152,7 +171,8 @@ class Embeddings:
         return nn.functional.normalize(wide, dim=-1) if self.normalize else rows
 
     def _store(self, output: Any) -> None:
-        tensor = output if self.output_key is None else self._item(output)
+        key, owner = self.output_key, f"the output of {self.source!r}"
+        tensor = output if key is None else item(output, key, owner, "output_key")
         if not isinstance(tensor, Tensor) or not -tensor.ndim <= self.channel_dim < tensor.ndim:
             found = f"one of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(
@@ -161,15 +181,3 @@ class Embeddings:
             )
         rows = tensor.detach().movedim(self.channel_dim, -1)
         self._parts.append(rows.reshape(-1, rows.shape[-1]))
-
-    def _item(self, output: Any) -> Any:
-        """Return what a submodule's output holds under ``output_key``, or raise and list what there is."""
-        if isinstance(output, Mapping) and self.output_key in output:
-            return output[self.output_key]
-        if isinstance(output, (tuple, list)) and isinstance(self.output_key, int) and self.output_key < len(output):
-            return output[self.output_key]
-        there = sorted(output) if isinstance(output, Mapping) else None
-        size = f"{len(output)} elements" if isinstance(output, (tuple, list)) else type(output).__name__
-        raise ValueError(
-            f"Expected the output of {self.source!r} to hold output_key={self.output_key!r}, but got {there or size}."
-        )
