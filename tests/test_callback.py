@@ -476,6 +476,22 @@ def test_embeddings_are_found_in_containers_and_maps(form, options):
     assert_same_state(state(model.gmm), state(plain.gmm))
 
 
+def test_a_layer_that_works_in_place_behind_the_embeddings_does_not_change_them():
+    model = started()
+    by_hand = copy.deepcopy(model.gmm)
+
+    def training_step(batch, batch_idx):
+        z = model.encoder(batch[0])
+        model.seen.append(z.detach().clone())
+        return torch.nn.functional.relu(z, inplace=True).square().mean()
+
+    model.training_step = training_step
+    trainer(EMCallback(step_size=0.1)).fit(model, loader())
+    for z in model.seen:
+        by_hand.em_step(z, step_size=0.1)
+    assert_same_state(state(model.gmm), state(by_hand))
+
+
 def test_several_calls_in_a_step_are_joined():
     model = started()
     by_hand = copy.deepcopy(model.gmm)

@@ -1,6 +1,8 @@
 """What each mode of the callback makes of the rows. Oracle: the same EM steps made by hand."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -309,6 +311,26 @@ def test_a_start_by_fit_is_em_to_convergence_from_several_starts():
     trainer(EMCallback(init="fit", start_epoch=1, stop_epoch=2), max_epochs=3).fit(model, loader())
     by_hand.fit(torch.cat(model.seen[5:10]))
     assert_same_state(state(model.gmm), state(by_hand))
+
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+SCHEMES = re.findall(r"^\| ([^|]+) \| `(\w+=[^`]+)` \|$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("scheme", "options"), SCHEMES, ids=[scheme for scheme, _ in SCHEMES])
+def test_schemes_of_the_literature_are_options(scheme, options):
+    """As the README writes them, on fewer rows; what each does is tested piece by piece above."""
+    model = Toy()
+    chosen = eval(f"dict({options})") | {"init_samples": 20}
+    trainer(EMCallback(**chosen), max_epochs=3).fit(model, loader())
+    assert model.gmm.fitted_
+    assert all(bool(torch.isfinite(value).all()) for value in model.gmm.mixture())
+    assert int(model.gmm.n_updates) > 0
+
+
+def test_the_readme_has_schemes_for_networks_with_mixtures_inside():
+    assert len(SCHEMES) == 5
+    assert all(any(name in scheme for scheme, _ in SCHEMES) for name in ("GMMSeg", "DeepDPM", "VaDE"))
 
 
 # ------------------------------------------------------------------------------------------------------- resume

@@ -19,6 +19,8 @@ DECIDED = {
     "every_n_epochs",
     "start_epoch",
     "max_rows",
+    "stage",
+    "prefix",
 }
 
 

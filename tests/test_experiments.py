@@ -14,24 +14,25 @@ from tgmm_nn.experiments.reports import clustering_scores, format_table, plot_me
 
 def test_a_positive_is_one_of_the_nearest_rows_drawn_anew_and_never_the_row_itself(generator):
     x = torch.randn(60, 4, generator=generator)
-    pairs = NeighbourPairs(x, n_neighbors=3)
+    pairs = NeighbourPairs(x, torch.arange(60), n_neighbors=3)
     distance = torch.cdist(x, x).fill_diagonal_(math.inf)
     nearest = distance.topk(3, largest=False).indices
     drawn = [set() for _ in range(60)]
     for _ in range(60):
         batch = pairs.__getitems__(list(range(60)))
         assert torch.equal(batch["x"], x)
+        assert torch.equal(batch["y"], torch.arange(60))
         for row, neighbour in enumerate(batch["neighbour"]):
             drawn[row].add(int((x == neighbour).all(-1).nonzero()))
     assert drawn == [set(row.tolist()) for row in nearest]
 
 
-def test_digits_are_shuffled_batches_of_pixels_in_unit_range_without_labels():
+def test_digits_are_shuffled_batches_of_pixels_in_unit_range():
     data = DigitsDataModule(batch_size=256)
     data.setup("fit")
     batches = list(data.train_dataloader())
     assert [len(b["x"]) for b in batches] == [256] * 7 + [5]
-    assert all(set(b) == {"x", "neighbour"} for b in batches)
+    assert all(set(b) == {"x", "neighbour", "y"} for b in batches)
     seen = torch.cat([b["x"] for b in batches])
     assert not torch.equal(seen, data.x)
     torch.testing.assert_close(seen.sum(0), data.x.sum(0))

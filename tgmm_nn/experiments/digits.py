@@ -17,15 +17,16 @@ __all__ = ["DigitsDataModule", "NeighbourPairs"]
 
 
 class NeighbourPairs(Dataset[dict[str, Tensor]]):
-    """Rows, each with one of its nearest neighbours, drawn anew each time: a contrastive loss's positives, no labels.
+    """Rows, each with one of its nearest neighbours, drawn anew each time: a contrastive loss's positives.
 
     Args:
         x: Rows, shape ``(N, d)``.
+        y: Labels, for scoring only, shape ``(N,)``.
         n_neighbors: Number of neighbours to draw from.
     """
 
-    def __init__(self, x: Tensor, n_neighbors: int) -> None:
-        self.x = x
+    def __init__(self, x: Tensor, y: Tensor, n_neighbors: int) -> None:
+        self.x, self.y = x, y
         index = NearestNeighbors(n_neighbors=n_neighbors).fit(x.numpy())
         self.neighbours = torch.from_numpy(index.kneighbors(return_distance=False))  # of no query: a row is not its own
 
@@ -33,10 +34,10 @@ class NeighbourPairs(Dataset[dict[str, Tensor]]):
         return len(self.x)
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """Return a whole batch: ``x`` and ``neighbour``, both ``(B, d)``."""
+        """Return a whole batch: ``x`` and ``neighbour``, both ``(B, d)``, and ``y``, ``(B,)``."""
         rows = torch.as_tensor(indices)
         draw = torch.randint(self.neighbours.shape[1], rows.shape)
-        return {"x": self.x[rows], "neighbour": self.x[self.neighbours[rows, draw]]}
+        return {"x": self.x[rows], "neighbour": self.x[self.neighbours[rows, draw]], "y": self.y[rows]}
 
 
 class DigitsDataModule(lightning.LightningDataModule):
@@ -68,7 +69,7 @@ class DigitsDataModule(lightning.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Find the neighbours."""
         if stage == "fit":
-            self.pairs = NeighbourPairs(self.x, self.n_neighbors)
+            self.pairs = NeighbourPairs(self.x, self.y, self.n_neighbors)
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return shuffled batches of rows and neighbours."""

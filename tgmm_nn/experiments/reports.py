@@ -87,7 +87,7 @@ def plot_metrics(file: Path, picture: Path) -> None:
     with file.open(newline="") as lines:
         records = list(csv.DictReader(lines))
     curves = {}
-    for name in ("loss", "em/log_likelihood", "em/effective_components"):
+    for name in ("loss", "em/log_likelihood", "em/effective_components", "train/accuracy"):
         points = [(float(r["epoch"]), float(r[name])) for r in records if r.get(name)]
         if points:
             epochs, values = zip(*points, strict=True)

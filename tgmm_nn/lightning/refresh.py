@@ -40,7 +40,7 @@ def encode_again(trainer: lightning.Trainer, pl_module: lightning.LightningModul
     with untouched_generators(loader), evaluation(pl_module), trainer.precision_plugin.forward_context():
         for number, batch in enumerate(islice(loader, None if limit == float("inf") else int(limit))):
             outputs = pl_module.predict_step(trainer.strategy.batch_to_device(batch), number)
-            source.receive(outputs)
+            source.receive(outputs, "predict_step")
             rows = source.take(number)
             if rows is None:
                 raise RuntimeError(

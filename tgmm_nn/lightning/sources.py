@@ -147,10 +147,10 @@ class Embeddings:
             self._handle.remove()
         self._handle, self._parts = None, []
 
-    def receive(self, outputs: Any) -> None:
-        """Take the rows from what the step returned, where they come from there."""
+    def receive(self, outputs: Any, step: str | None = None) -> None:
+        """Take the rows from what the step returned, where they come from there; ``step`` is another step's name."""
         if self.returned_key is not None:
-            self._store(returned_item(outputs, self.source, STEPS[self.stage], "embeddings"))
+            self._store(returned_item(outputs, self.source, step or STEPS[self.stage], "embeddings"))
 
     def take(self, step: int = 0) -> Tensor | None:
         """Return the rows since the last call as ``(n, d)`` and forget them; None where there were none.
@@ -179,5 +179,6 @@ class Embeddings:
                 f"Expected embeddings={self.source!r} to give a tensor with dimension channel_dim={self.channel_dim}, "
                 f"but got {found}; name a submodule that returns one, or choose by `output_key`."
             )
-        rows = tensor.detach().movedim(self.channel_dim, -1)
+        # A copy: what follows in the network may change its input in place, as ReLU(inplace=True) does.
+        rows = tensor.detach().movedim(self.channel_dim, -1).clone(memory_format=torch.contiguous_format)
         self._parts.append(rows.reshape(-1, rows.shape[-1]))
