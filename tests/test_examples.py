@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -41,6 +42,19 @@ def test_the_benchmark_of_the_main_experiment_runs_and_says_mean_and_spread(caps
     assert re.fullmatch(r"seed 0: accuracy 0\.\d+  nmi 0\.\d+  ari 0\.\d+  \(\d+ s\)", lines[0])
     assert lines[1].split() == ["method", "accuracy", "nmi", "ari", "lowest", "accuracy"]
     assert re.match(r"mixture carried through training \(full\) +0\.\d+ ± 0\.\d+", lines[2])
+
+
+@pytest.mark.filterwarnings("ignore:.*GPU available but not used")
+def test_the_benchmark_of_the_callback_measures_a_share(capsys):
+    """The default experiment for two epochs; of the large encoder only its shape, since a step takes seconds."""
+    script = runpy.run_path(str(ROOT / "examples" / "benchmarks" / "callback_cost.py"))
+    for bare in (False, True):
+        row = script["digits_case"](2, ["callbacks.em.mode=full", "callbacks.em.step_size=null"], bare=bare)
+        assert 0 < row["ms in the callback"] < row["ms per step"]
+        assert "mode=full" in row["case"]
+    encoder = script["resnet18"](128)
+    assert encoder(torch.zeros(2, 3, 32, 32)).shape == (2, 128)
+    assert sum(p.numel() for p in encoder.parameters()) == pytest.approx(11.2e6, rel=0.02)  # of the paper's ResNet-18
 
 
 def test_the_commands_of_the_readme_are_those_of_ci():

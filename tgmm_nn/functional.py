@@ -135,7 +135,8 @@ def whitened_statistics(
     joint = _log_joint_of_whitened(y, about, covariance)
     r, log_likelihood, classification, usable = responsibilities(joint, usable, sample_weight, log_prior, assignment)
     # Where a component is so narrow, or so far, that |y|² overflows, 0 · inf would make its sums nan.
-    y = torch.where(r.unsqueeze(-1) > 0, y, 0.0)
+    bound = (torch.finfo(y.dtype).max / y.shape[-1]) ** 0.5
+    y = y.clamp(-bound, bound).nan_to_num(0.0)
     wide = accumulator_dtype(x.device)
     root = covariance.root(about.factor.to(wide))
     return Statistics(

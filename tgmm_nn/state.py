@@ -184,7 +184,8 @@ class MixtureState(MixtureDensity):
 
     def condition_numbers(self) -> Tensor:
         """Return the largest over the smallest eigenvalue of each covariance, shape ``(K,)``, or ``(1,)`` when tied."""
-        eigenvalues = self.covariance.eigenvalues(self._elements())
+        # Those of the precision are one over those of the covariance.
+        eigenvalues = self.covariance.eigenvalues(self.covariance.square(self.factor_.to(self.running_second.dtype)))
         return eigenvalues.amax(-1) / eigenvalues.amin(-1)
 
     @torch.no_grad()

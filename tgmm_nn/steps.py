@@ -276,7 +276,7 @@ class MixtureSteps(MixtureState):
         Example:
             >>> from tgmm_nn import GaussianMixture
             >>> gmm = GaussianMixture(2, 1, "diag").set_parameters([1.0, 0.0], [[0.0], [9.0]], [[4.0], [1.0]])
-            >>> gmm.reseed([1], [[3.0]]); gmm.weights_, gmm.means_.flatten(), gmm.covariances_.flatten()
+            >>> gmm.reseed([1], [[3.0]]); gmm.weights_, gmm.means_.flatten(), gmm.covariances_.flatten().round()
             (tensor([0.5000, 0.5000]), tensor([0., 3.]), tensor([4., 4.]))
         """
         components = torch.as_tensor(components, dtype=torch.int64, device=self.means_.device)

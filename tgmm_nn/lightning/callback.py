@@ -45,11 +45,11 @@ class EMCallback(lightning.Callback):
     ``start_epoch`` or later: as soon as ``init_samples`` rows have been seen in it by all ranks, else at its last
     batch. It is never started twice, also not after a resume.
 
-    Logged at each epoch's end, from the first: ``log_likelihood`` and ``entropy`` (of the responsibilities), in nats,
-    means over the rows of the epoch, each under the mixture that met it; ``effective_components``, the exponential of
+    Logged at each epoch's end, from the first, under ``prefix``: ``log_likelihood`` in nats, the mean over the rows
+    that EM used, before their update; ``entropy`` of the responsibilities in nats, the mean over the rows of the
+    epoch's first step (as is the log-likelihood where EM does not run); ``effective_components``, the exponential of
     the entropy of the weights; ``smallest_weight``; ``condition_number``, the largest of a covariance; ``moved``, how
-    far the means moved in the epoch, a weighted mean in standard deviations of the components; ``births``, ``deaths``
-    and ``reseeded``.
+    far the means moved in the epoch, a weighted mean in standard deviations; ``births``, ``deaths``, ``reseeded``.
 
     Args:
         module: Name of the `GaussianMixture` in the LightningModule; or a mixture, which is made a submodule of
@@ -186,7 +186,7 @@ class EMCallback(lightning.Callback):
         self.bank = Bank(bank_size, bank_policy, per_component=bank_per_component)
         self.health, self.monitor = Health(min_weight, patience), Monitor(min_weight)
         decreasing = PolynomialDecay(decay, offset) if mode == "minibatch" else None
-        self.em = EMStep(step_size, decreasing, raise_on_nonfinite=on_nonfinite == "raise")
+        self.em = EMStep(self.monitor, step_size, decreasing, raise_on_nonfinite=on_nonfinite == "raise")
         full = Full(self.em, self.bank, n_iterations=n_iterations, tol=tol, min_fill=min_fill, refit=refit)
         modes: dict[str, Mode] = {"minibatch": Minibatch(self.em), "accumulate": Accumulate(self.em), "full": full}
         self._mode = modes[mode]

@@ -14,6 +14,7 @@ from tgmm_nn.assignment import Assignment
 from tgmm_nn.distributed import broadcast_from_rank_zero
 from tgmm_nn.lightning.bank import Bank
 from tgmm_nn.lightning.health import matching
+from tgmm_nn.lightning.monitor import Monitor
 from tgmm_nn.lightning.ranks import count_over_ranks, gather_rows
 from tgmm_nn.maximization import EVERYTHING
 from tgmm_nn.mixture import GaussianMixture
@@ -27,6 +28,7 @@ class EMStep:
     """An E-step of this rank and an M-step of all.
 
     Args:
+        monitor: Is told of each E-step.
         step_size: Constant share of the rows in the running sums, or None.
         decreasing: Share by the number of updates, where there is no constant one; None is exact EM.
         raise_on_nonfinite: Whether a row that is not finite, on any rank, raises; else it is left out and counted.
@@ -41,17 +43,22 @@ class EMStep:
     """
 
     def __init__(
-        self, step_size: float | None, decreasing: PolynomialDecay | None, *, raise_on_nonfinite: bool
+        self, monitor: Monitor, step_size: float | None, decreasing: PolynomialDecay | None, *, raise_on_nonfinite: bool
     ) -> None:
+        self.monitor = monitor
         if step_size is not None:
             checks.check_number("step_size", step_size, 0.0, 1.0, strict=True)
         self.step_size, self.decreasing, self.raise_on_nonfinite = step_size, decreasing, raise_on_nonfinite
         self.assign: Callable[[GaussianMixture, Tensor], Assignment | None] | None = None
         self.learned = EVERYTHING
 
-    def expect(self, gmm: GaussianMixture, rows: Tensor) -> Statistics:
-        """Return the sums of this rank's rows."""
-        return gmm.statistics(rows, assignment=None if self.assign is None else self.assign(gmm, rows))
+    def expect(self, gmm: GaussianMixture, rows: Tensor, *, again: bool = False) -> Statistics:
+        """Return the sums of this rank's rows; ``again`` says that the same rows were counted before."""
+        sums = gmm.statistics(rows, assignment=None if self.assign is None else self.assign(gmm, rows))
+        if again:
+            return sums._replace(skipped=torch.zeros_like(sums.skipped))
+        self.monitor.expect(sums)
+        return sums
 
     def maximize(self, gmm: GaussianMixture, statistics: Statistics) -> Tensor:
         """Add the sums of all ranks, and update; return the mean log-likelihood before the update."""
@@ -181,10 +188,7 @@ class Full(Mode):
             gmm.n_updates.copy_(before.n_updates)
         last: float | None = None
         for iteration in range(self.n_iterations):
-            sums = self.em.expect(gmm, rows)
-            if iteration > 0:  # rows that are left out are counted once
-                sums = sums._replace(skipped=torch.zeros_like(sums.skipped))
-            value = self.em.maximize(gmm, sums)
+            value = self.em.maximize(gmm, self.em.expect(gmm, rows, again=iteration > 0))
             if self.tol is not None:  # the same number on every rank
                 last, change = float(value), None if last is None else abs(float(value) - last)
                 if change is not None and not change >= self.tol:

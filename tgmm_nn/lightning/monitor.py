@@ -8,6 +8,7 @@ from torch import Tensor
 from tgmm_nn.distributed import sum_over_ranks
 from tgmm_nn.functional import Parameters, distance
 from tgmm_nn.mixture import GaussianMixture
+from tgmm_nn.statistics import Statistics
 
 __all__ = ["Monitor"]
 
@@ -15,17 +16,22 @@ __all__ = ["Monitor"]
 class Monitor:
     """Numbers of an epoch, kept on the device until the epoch ends: a log call in every step would cost more than EM.
 
-    A component is dead whose weight is below ``min_weight``, or zero where that is None.
+    The log-likelihood comes from EM's own E-steps, which give it for nothing; the rows of the epoch's first step give
+    the entropy, and the log-likelihood where EM makes no E-step.
+
+    Args:
+        min_weight: A component is dead that weighs less, or nothing where this is None.
     """
 
     def __init__(self, min_weight: float | None = None) -> None:
         self.min_weight = min_weight
-        self._means: Tensor | None = None
+        self._logged: Tensor | None = None
 
     @torch.no_grad()
     def begin(self, gmm: GaussianMixture) -> None:
         """Start an epoch."""
-        self._totals = gmm.running_count.new_zeros(3)
+        self._first: Tensor | None = None
+        self._expected = gmm.running_count.new_zeros(2)
         self._n_reseeded = 0
         self._births = self._deaths = gmm.n_updates.new_zeros(())
         self.follow(gmm)
@@ -38,11 +44,18 @@ class Monitor:
 
     @torch.no_grad()
     def see(self, gmm: GaussianMixture, rows: Tensor) -> None:
-        """Add up log-density and entropy of the finite rows, and count these; before an update."""
+        """Add up log-density and entropy of the finite rows of an epoch's first step, and count these."""
+        if self._first is not None:
+            return
         density, entropy = gmm.log_density_and_entropy(rows)
         finite = torch.isfinite(density)
-        values = torch.stack([torch.where(finite, v, 0.0) for v in (density, entropy, torch.ones_like(density))])
-        self._totals = self._totals + values.sum(-1, dtype=self._totals.dtype)
+        values = torch.stack([torch.where(finite, v, 0.0) for v in (density, torch.ones_like(density), entropy)])
+        self._first = values.sum(-1, dtype=self._expected.dtype)
+
+    @torch.no_grad()
+    def expect(self, statistics: Statistics) -> None:
+        """Add the log-likelihood and the weight of the rows of an E-step of this rank."""
+        self._expected = self._expected + torch.stack([statistics.log_likelihood, statistics.weight()])
 
     @torch.no_grad()
     def count(self, gmm: GaussianMixture, n_reseeded: int) -> None:
@@ -56,13 +69,15 @@ class Monitor:
     @torch.no_grad()
     def values(self, gmm: GaussianMixture) -> dict[str, Tensor]:
         """Return what is logged, the same on every rank; every rank has to call this."""
-        totals, weights = sum_over_ranks(self._totals), gmm.weights_
-        means = totals[:2] / totals[2]
+        weights, first = gmm.weights_, self._expected.new_zeros(3) if self._first is None else self._first
+        expected, first = sum_over_ranks(torch.cat([self._expected, first])).split([2, 3])
+        likelihood = torch.where(expected[1] > 0, expected[0] / expected[1], first[0] / first[1])
+        means = torch.stack([likelihood, first[2] / first[1]])
         # An epoch without a usable row repeats the one before it: a logged nan would end an EarlyStopping.
-        self._means = means if self._means is None else torch.where(means.isnan(), self._means, means)
+        self._logged = means if self._logged is None else torch.where(means.isnan(), self._logged, means)
         values = {
-            "log_likelihood": self._means[0],
-            "entropy": self._means[1],
+            "log_likelihood": self._logged[0],
+            "entropy": self._logged[1],
             "effective_components": torch.special.entr(weights).sum().exp(),
             "smallest_weight": weights.amin(),
             "condition_number": gmm.condition_numbers().amax(),

@@ -22,13 +22,13 @@ STEPS = {"train": "training_step", "validate": "validation_step", "test": "test_
 
 def submodule(root: nn.Module, name: str, argument: str) -> nn.Module:
     """Return the submodule with a dotted name, or raise an error that lists what exists."""
-    modules = dict(root.named_modules())
-    if name not in modules or not name:
-        known = ", ".join(repr(key) for key in modules if key) or "none"
+    try:
+        return root.get_submodule(name)
+    except AttributeError:
+        known = ", ".join(repr(key) for key, _ in root.named_modules() if key) or "none"
         raise ValueError(
             f"Expected `{argument}` to name a submodule of {type(root).__name__} ({known}), but got {name!r}."
-        )
-    return modules[name]
+        ) from None
 
 
 def find_mixture(root: nn.Module, name: str) -> GaussianMixture:
