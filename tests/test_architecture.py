@@ -32,6 +32,7 @@ ORDER = (
     "steps",
     "learning",
     "mixture",
+    "classifier",
     "plotting",
     "metrics",
     "lightning",

@@ -14,8 +14,10 @@ import torch
 from oracles import assert_near, assert_same_buffers, copy_of_buffers, random_layer, unchanged
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture as SklearnGaussianMixture
+from torch.utils.data import DataLoader, TensorDataset
 
 from tgmm_nn import GaussianMixture, learning
+from tgmm_nn.maximization import Learned
 
 SKLEARN = {"full": "full", "diag": "diag", "spherical": "spherical", "tied_full": "tied"}
 TO_THE_END = pytest.mark.filterwarnings(
@@ -615,3 +617,25 @@ def test_what_shapes_the_layer_cannot_be_changed(name):
     gmm = GaussianMixture(3, 2)
     with pytest.raises(AttributeError):
         setattr(gmm, name, getattr(gmm, name))
+
+
+def test_fit_takes_a_log_prior_of_rows_and_what_may_move(family, generator):
+    """Rows of which a half is known to belong to component 0; and frozen covariances stay those of the start."""
+    x = torch.cat([torch.randn(60, 2, generator=generator) - 3, torch.randn(60, 2, generator=generator) + 3]).double()
+    log_prior = torch.zeros(120, 2, dtype=torch.float64)
+    log_prior[:30, 1] = -torch.inf
+    how = {"random_state": 1, "dtype": "float64", "max_iter": 500, "tol": 1e-10}
+    gmm = GaussianMixture(2, 2, family, **how).fit(x, log_prior=log_prior)
+    before = [p.clone() for p in gmm.mixture()]
+    gmm.em_step(x, log_prior=log_prior)
+    for one, other in zip(before, gmm.mixture(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)  # a fixed point of the step by hand
+    assert bool((gmm.predict(x[:30]) == 0).all())
+    fixed = GaussianMixture(2, 2, family, init_covariances="eye", **how)
+    fixed.fit(x, learned=Learned.from_options(2, ["weights", "means"]))
+    identity = fixed.covariance.public(fixed.covariance.identity(2, 2, fixed.running_second))
+    torch.testing.assert_close(fixed.covariances_, identity, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="Expected `log_prior` only with rows in memory"):
+        gmm.fit(DataLoader(TensorDataset(x)), log_prior=log_prior)
+    with pytest.raises(ValueError, match=r"`log_prior` of shape \(120, 2\)"):
+        gmm.fit(x, log_prior=log_prior[:3])

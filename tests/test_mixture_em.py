@@ -138,7 +138,7 @@ def test_among_equal_batches_each_has_exactly_its_step_size_as_share(layer, rows
         rho = step_size or 1.0
         share = batch if share is None else [(1 - rho) * old + rho * new for old, new in zip(share, batch, strict=True)]
         gmm.em_step(x, step_size=step_size)
-        running = gmm._running()
+        running = gmm.running_statistics()
         assert_near(about_zero(running), tuple(share))
         assert running.weight().item() == pytest.approx(20 / rho, rel=1e-13)
 
@@ -153,7 +153,9 @@ def test_decreasing_steps_over_equal_batches_of_one_component_are_one_exact_step
     twin.em_step(torch.cat(batches))
     assert_near(parameters_of(gmm), parameters_of(twin))
     assert_near(
-        gmm._running().about(torch.zeros(2)).sums()[:3], twin._running().about(torch.zeros(2)).sums()[:3], 1e-12
+        gmm.running_statistics().about(torch.zeros(2)).sums()[:3],
+        twin.running_statistics().about(torch.zeros(2)).sums()[:3],
+        1e-12,
     )
 
 

@@ -154,7 +154,7 @@ def test_running_statistics_do_not_pull_a_new_component_back(family, generator, 
     assert float((gmm.means_[2] - 50).abs().max()) < 1
     # the sums give the parameters: maximising at them again changes nothing
     again = copy_of_buffers(gmm)
-    gmm.maximize(gmm._running())
+    gmm.maximize(gmm.running_statistics())
     for name in ("weights_", "means_", "factor_"):
         assert_near(getattr(gmm, name), again[name], 1e-9)
 

@@ -1,7 +1,8 @@
 """Gaussian mixtures that live inside networks: a density layer, EM as a no-grad update, EM while a network trains."""
 
+from tgmm_nn.classifier import MixtureClassifier
 from tgmm_nn.mixture import GaussianMixture
 from tgmm_nn.statistics import Statistics
 
-__all__ = ["GaussianMixture", "Statistics"]
+__all__ = ["GaussianMixture", "MixtureClassifier", "Statistics"]
 __version__ = "0.1.0"

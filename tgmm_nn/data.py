@@ -22,7 +22,7 @@ __all__ = ["Candidates", "Rows", "Survey", "is_stream", "survey", "untouched_gen
 # Numbers that are looked at and widened at once where all rows lie in memory.
 BATCH = 2**22
 
-Batch = tuple[Tensor, Tensor | None]
+Batch = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def is_stream(x: Any) -> bool:
@@ -40,9 +40,12 @@ class Rows:
         sample_weight: Weight of each row, shape ``(...)``. For a stream the index of the weights in its batches.
         n_features: Number of features d.
         like: Tensor whose device the rows are moved to, and whose dtype they are widened to.
+        log_prior: Log-prior of each row over components, shape ``(n, K)``; not for a stream.
     """
 
-    def __init__(self, x: Any, sample_weight: Any, n_features: int, like: Tensor) -> None:
+    def __init__(
+        self, x: Any, sample_weight: Any, n_features: int, like: Tensor, log_prior: Tensor | None = None
+    ) -> None:
         self.n_features, self.like, self.streamed = n_features, like, is_stream(x)
         self.shape: tuple[int, ...] | None = None  # as it was given; a stream has none
         if self.streamed:
@@ -63,11 +66,11 @@ class Rows:
             sample_weight = checks.to_weights(sample_weight, x, like.dtype, like.device)
             self.shape = tuple(x.shape)
             x = x.reshape(-1, n_features).to(like.device)
-        self.x, self.sample_weight = x, sample_weight
+        self.x, self.sample_weight, self.log_prior = x, sample_weight, log_prior
 
     @contextmanager
     def batches(self) -> Iterator[Iterator[Batch]]:
-        """Make one pass: batches of rows ``(n, d)`` and their weights ``(n,)``; random generators end as they began."""
+        """Make one pass: batches of rows ``(n, d)``, weights ``(n,)`` and log-priors; generators end as they began."""
         with untouched_generators(self.x) if self.streamed else nullcontext():
             yield self._streamed() if self.streamed else self._in_memory()
 
@@ -79,21 +82,22 @@ class Rows:
             ValueError: If a row or weight is not finite, or a weight is negative.
         """
         with self.batches() as batches:
-            yield (_checked(rows, weight) for rows, weight in batches)
+            yield (_checked(rows, weight) for rows, weight, _ in batches)
 
     def _in_memory(self) -> Iterator[Batch]:
         size = max(1, BATCH // self.n_features)
         parts = self.x.split(size)
         weights = [None] * len(parts) if self.sample_weight is None else self.sample_weight.split(size)
-        for rows, weight in zip(parts, weights, strict=True):
-            yield self._widened(rows), weight
+        priors = [None] * len(parts) if self.log_prior is None else self.log_prior.split(size)
+        for rows, weight, log_prior in zip(parts, weights, priors, strict=True):
+            yield self._widened(rows), weight, log_prior
 
     def _streamed(self) -> Iterator[Batch]:
         for batch in self.x:
             rows, weight = self._of_batch(batch)
-            yield self._widened(rows.reshape(-1, self.n_features)), weight
+            yield self._widened(rows.reshape(-1, self.n_features)), weight, None
 
-    def _of_batch(self, batch: Any) -> Batch:
+    def _of_batch(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         """Return the rows of a stream's batch, and their weights."""
         several = isinstance(batch, (tuple, list))
         if not (several and len(batch)) and not isinstance(batch, Tensor) and not hasattr(batch, "__array__"):

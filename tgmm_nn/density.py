@@ -84,6 +84,10 @@ class MixtureDensity(nn.Module):
         density, entropy = self._map_rows(functional.log_density_and_entropy, x).unbind(-1)
         return density, entropy
 
+    def log_joint(self, x: Any) -> Tensor:
+        r"""Return :math:`\log \pi_k N(x; \mu_k, \Sigma_k)`, shape ``(..., K)``, in nats; differentiable in ``x``."""
+        return self._map_rows(functional.log_joint, x)
+
     def log_responsibilities(self, x: Any) -> Tensor:
         r"""Return :math:`\log p(k | x)`, shape ``(..., K)``; differentiable in ``x``, nan for a row at infinity."""
         return self._map_rows(lambda *args: functional.log_joint(*args).log_softmax(-1), x)

@@ -33,11 +33,12 @@ class Options(NamedTuple):
     reg_covar: float
     reg_covar_relative: bool
     chunk_size: int | None
+    learned: Learned = EVERYTHING
 
-    def maximize(self, statistics: Statistics, current: Parameters, learned: Learned = EVERYTHING) -> Parameters:
+    def maximize(self, statistics: Statistics, current: Parameters) -> Parameters:
         """Return the M-step at ``statistics``."""
         ridge = (self.reg_covar, self.reg_covar_relative)
-        return functional.maximize(statistics, current, self.covariance, *ridge, self.priors, learned)
+        return functional.maximize(statistics, current, self.covariance, *ridge, self.priors, self.learned)
 
     def singular(self, statistics: Statistics, dtype: torch.dtype) -> list[int]:
         """Return the elements that rows of a dtype determine as covariances which are singular to its precision."""
@@ -106,7 +107,7 @@ def sum_over(
     """Return the E-step's sums of one pass over all rows; ``checked`` raises where one is not finite."""
     how: dict[str, Any] = {"assignment": assignment, "moments": moments, "chunk_size": chunk_size}
     with data.checked_batches() if checked else data.batches() as batches:
-        sums = (functional.expectation(rows, parameters, covariance, weight, **how) for rows, weight in batches)
+        sums = (functional.expectation(rows, parameters, covariance, *of_rows, **how) for rows, *of_rows in batches)
         total = next(sums, None)
         if total is None:
             raise ValueError("Expected `x` to give at least one batch of rows, but it gave none.")

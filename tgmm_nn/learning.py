@@ -16,6 +16,7 @@ from tgmm_nn.density import full_precision
 from tgmm_nn.fitting import Fit, Options, fit_from, progress
 from tgmm_nn.functional import Parameters
 from tgmm_nn.initialization import Start, n_candidates
+from tgmm_nn.maximization import EVERYTHING, Learned
 from tgmm_nn.statistics import Statistics, statistics_of
 from tgmm_nn.steps import MixtureSteps
 
@@ -58,7 +59,30 @@ class MixtureEM(MixtureSteps):
         self.fitted.fill_(1)
         return self
 
-    def fit(self: Self, x: Any, *, sample_weight: Any = None) -> Self:
+    @torch.no_grad()
+    def initialize_from(self: Self, statistics: Statistics, learned: Learned = EVERYTHING) -> Self:
+        """Set a start for EM by the M-step of sums, such as those of rows whose components are known.
+
+        Unlike after `maximize`, a first minibatch moves the mixture by its share only.
+
+        Args:
+            statistics: Sums of rows; priors weigh against their number.
+            learned: What may move; the rest stays.
+
+        Returns:
+            The layer itself.
+
+        Raises:
+            TypeError: If ``statistics`` are no `Statistics`.
+            ValueError: If they are of another covariance structure or size.
+        """
+        self.maximize(statistics, learned)
+        self._begin(statistics.scale(1.0 / statistics.weight()))
+        return self
+
+    def fit(
+        self: Self, x: Any, *, sample_weight: Any = None, log_prior: Any = None, learned: Learned = EVERYTHING
+    ) -> Self:
         """Run EM on ``x`` from ``n_init`` starts and keep the best.
 
         Each runs until the objective changes by less than ``tol``, or for ``max_iter`` M-steps. Fits the rows that this
@@ -68,6 +92,8 @@ class MixtureEM(MixtureSteps):
         Args:
             x: Finite rows, at least K of them, shape ``(n, d)``, or a stream of them; moved to the mixture's device.
             sample_weight: Non-negative weight of each row, shape ``(n,)``; a row of weight 2 counts as two rows.
+            log_prior: Log-prior of each row over components, shape ``(n, K)``, for rows in memory; see `statistics`.
+            learned: What M-steps may move; the rest stays as the start has it.
 
         Returns:
             The layer itself.
@@ -81,7 +107,7 @@ class MixtureEM(MixtureSteps):
             UserWarning: If ``max_iter`` M-steps did not converge, rows had to be left out, a covariance is singular, or
                 the mixture's dtype rounds its means by a tenth of a standard deviation.
         """
-        for doubt in self._fit(x, sample_weight):
+        for doubt in self._fit(x, sample_weight, log_prior, learned):
             warnings.warn(doubt, stacklevel=2)
         return self
 
@@ -96,9 +122,9 @@ class MixtureEM(MixtureSteps):
     # --------------------------------------------------------------------------------------------------- inside
 
     @torch.no_grad()
-    def _fit(self, x: Any, sample_weight: Any) -> list[str]:
+    def _fit(self, x: Any, sample_weight: Any, log_prior: Any = None, learned: Learned = EVERYTHING) -> list[str]:
         """Run EM, write the best mixture, and return what a user should know of it."""
-        data, options = self._data(x, sample_weight), self._em_options()
+        data, options = self._data(x, sample_weight, log_prior), self._em_options(learned)
         found = self._survey(data)
         warm = self.warm_start and self.fitted_
         n_starts = 1 if warm or isinstance(self._start.means, Tensor) else self.n_init
@@ -152,9 +178,13 @@ class MixtureEM(MixtureSteps):
                 "with dtype=torch.float64, centre the features, or raise `reg_covar`."
             )
 
-    def _data(self, x: Any, sample_weight: Any) -> Rows:
+    def _data(self, x: Any, sample_weight: Any, log_prior: Any = None) -> Rows:
         """Return training rows, or raise."""
         data = Rows(x, sample_weight, self.n_features, self.means_)
+        if log_prior is not None:
+            if data.shape is None:
+                raise ValueError("Expected `log_prior` only with rows in memory, but got it with a stream.")
+            data.log_prior = self._flat_log_prior(log_prior, data.shape[:-1], self.means_)
         if data.shape is not None and len(data.shape) != 2:
             raise ValueError(f"Expected `x` of shape (n, {self.n_features}), but got {data.shape}.")
         return data

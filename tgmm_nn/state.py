@@ -347,7 +347,8 @@ class MixtureState(MixtureDensity):
         """Return a copy of the parameters: what refers to them must not change with the next update."""
         return Parameters(self.weights_.clone(), self.means_.clone(), self.factor_.clone())
 
-    def _running(self) -> Statistics:
+    def running_statistics(self) -> Statistics:
+        """Return the sums that minibatch EM blends the next batch into; they are the buffers themselves."""
         sums = (self.running_count, self.running_first, self.running_second)
         return Statistics.of(*sums, self.running_origin, self.covariance)
 

@@ -106,12 +106,12 @@ class MixtureSteps(MixtureState):
             TypeError: If ``statistics`` are no `Statistics`.
             ValueError: If they are of another covariance structure or size.
         """
-        self._running().check_like(statistics)
+        self.running_statistics().check_like(statistics)
         usable, current = _is_usable(statistics), self._snapshot()
         with full_precision(usable.device):
-            new = self._em_options().maximize(statistics, current, learned)
+            new = self._em_options(learned).maximize(statistics, current)
         self._write(Parameters(*(torch.where(usable, ours, old) for ours, old in zip(new, current, strict=True))))
-        kept = self._running()
+        kept = self.running_statistics()
         self._keep(
             torch.where(usable, statistics.count, kept.count),
             torch.where(usable, statistics.first, kept.first),
@@ -193,7 +193,7 @@ class MixtureSteps(MixtureState):
             tensor([[0.2500]])
         """
         checks.check_step_size(step_size)
-        self._running().check_like(statistics)
+        self.running_statistics().check_like(statistics)
         batch = statistics
         # In the dtype of the sums: a share of 0.3 in float32 is off by 1e-8, and the next step multiplies by it.
         if isinstance(step_size, Tensor):
@@ -289,23 +289,22 @@ class MixtureSteps(MixtureState):
         means = checks.check_array("means", means, self.running_first, (len(components), self.n_features))
         places = self.means_.to(means).index_copy(0, components, means)
         step_size = self.running_step_size.clone()
-        sums = reseed(self._running(), anew, places, self.covariance)
+        sums = reseed(self.running_statistics(), anew, places, self.covariance)
         self.maximize(sums, Learned(means=anew, covariances=anew))
         self.running_step_size.copy_(step_size)  # the next batch counts as it would have
 
     # --------------------------------------------------------------------------------------------------- inside
 
-    def _em_options(self) -> Options:
+    def _em_options(self, learned: Learned = EVERYTHING) -> Options:
         ridge = (self.reg_covar, self.reg_covar_relative)
-        return Options(
-            self.covariance, self._priors_on_device, self.cem, self.max_iter, self.tol, *ridge, self.chunk_size
-        )
+        run = (self.cem, self.max_iter, self.tol, *ridge, self.chunk_size)
+        return Options(self.covariance, self._priors_on_device, *run, learned)
 
     def _decayed(self, step_size: Tensor, weight: Tensor) -> Statistics:
         """Return the running sums times γ; with no batch before, they count as one batch like this."""
         previous = torch.where(self.running_step_size > 0, self.running_step_size, weight)
         gamma = (previous * (1.0 / step_size - 1.0)).sum()
-        return self._running().scale(torch.where(weight > 0, gamma, 0.0))
+        return self.running_statistics().scale(torch.where(weight > 0, gamma, 0.0))
 
     def _assignment(self) -> Assignment:
         return HARD if self.cem else SOFT
@@ -321,11 +320,15 @@ class MixtureSteps(MixtureState):
         x = self._checked(x)
         rows = self._rows(x).detach()
         sample_weight = checks.to_weights(sample_weight, x, rows.dtype, rows.device)
-        if log_prior is not None:
-            log_prior = checks.to_tensor("log_prior", log_prior, rows.dtype)
-            checks.check_log_prior(log_prior, (*x.shape[:-1], self.n_components))
-            log_prior = log_prior.detach().reshape(-1, self.n_components).to(rows)
-        return rows, sample_weight, log_prior
+        return rows, sample_weight, self._flat_log_prior(log_prior, tuple(x.shape[:-1]), rows)
+
+    def _flat_log_prior(self, log_prior: Any, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
+        """Return the log-priors of rows of some shape as ``(n, K)``, or raise; None stays None."""
+        if log_prior is None:
+            return None
+        log_prior = checks.to_tensor("log_prior", log_prior, like.dtype)
+        checks.check_log_prior(log_prior, (*shape, self.n_components))
+        return log_prior.detach().reshape(-1, self.n_components).to(like)
 
 
 def _is_usable(statistics: Statistics) -> Tensor:
