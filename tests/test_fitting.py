@@ -624,7 +624,7 @@ def test_fit_takes_a_log_prior_of_rows_and_what_may_move(family, generator):
     x = torch.cat([torch.randn(60, 2, generator=generator) - 3, torch.randn(60, 2, generator=generator) + 3]).double()
     log_prior = torch.zeros(120, 2, dtype=torch.float64)
     log_prior[:30, 1] = -torch.inf
-    how = {"random_state": 1, "dtype": "float64", "max_iter": 500, "tol": 1e-10}
+    how = {"init_means": [[-3.0, -3.0], [3.0, 3.0]], "dtype": "float64", "max_iter": 500, "tol": 1e-10}
     gmm = GaussianMixture(2, 2, family, **how).fit(x, log_prior=log_prior)
     before = [p.clone() for p in gmm.mixture()]
     gmm.em_step(x, log_prior=log_prior)
