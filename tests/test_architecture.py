@@ -33,6 +33,7 @@ ORDER = (
     "learning",
     "mixture",
     "classifier",
+    "outliers",
     "plotting",
     "metrics",
     "lightning",

@@ -84,6 +84,10 @@ class MixtureDensity(nn.Module):
         density, entropy = self._map_rows(functional.log_density_and_entropy, x).unbind(-1)
         return density, entropy
 
+    def squared_distances(self, x: Any) -> Tensor:
+        r"""Return :math:`(x - \mu_k)^\top \Sigma_k^{-1} (x - \mu_k)`, shape ``(..., K)``; differentiable in ``x``."""
+        return self._map_rows(functional.squared_distances, x)
+
     def log_joint(self, x: Any) -> Tensor:
         r"""Return :math:`\log \pi_k N(x; \mu_k, \Sigma_k)`, shape ``(..., K)``, in nats; differentiable in ``x``."""
         return self._map_rows(functional.log_joint, x)

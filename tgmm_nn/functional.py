@@ -41,6 +41,7 @@ __all__ = [
     "moment_width",
     "rows_per_chunk",
     "scatter",
+    "squared_distances",
     "whitened_statistics",
 ]
 
@@ -75,6 +76,12 @@ def log_joint(x: Tensor, parameters: Parameters, covariance: Covariance) -> Tens
     """
     rows, about, _ = _centre(x, parameters)
     return _log_joint_of_whitened(covariance.whiten(rows, about.means, about.factor), about, covariance).mT
+
+
+def squared_distances(x: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
+    r"""Return the squared Mahalanobis distances :math:`(x_n - \mu_k)^\top \Sigma_k^{-1} (x_n - \mu_k)`, ``(n, K)``."""
+    rows, about, _ = _centre(x, parameters)
+    return covariance.whiten(rows, about.means, about.factor).square().sum(-1).mT
 
 
 def log_density(x: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:

@@ -11,6 +11,11 @@ from matplotlib.axes import Axes
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.functional.classification import (
+    binary_auroc,
+    binary_average_precision,
+    binary_specificity_at_sensitivity,
+)
 
 from tgmm_nn.checks import check_integer
 from tgmm_nn.plotting import new_axes, plot_contingency, plot_reliability
@@ -24,6 +29,7 @@ __all__ = [
     "NegativeLogLikelihood",
     "Purity",
     "ResponsibilityCalibration",
+    "detection_scores",
 ]
 
 
@@ -389,6 +395,39 @@ class EffectiveComponents(_Sums):
     def compute(self) -> Tensor:
         """Return the number, between 1 and K, shape ``()``; nan before any row."""
         return torch.special.entr(self.responsibility / self.responsibility.sum()).sum().exp()
+
+
+def detection_scores(inside: Tensor, outside: Tensor) -> dict[str, float]:
+    """Return how well scores tell rows of a distribution from others; larger scores are further out.
+
+    Args:
+        inside: Scores of rows that belong, shape ``(n,)``.
+        outside: Scores of rows that do not, shape ``(m,)``.
+
+    Returns:
+        ``auroc``, the probability that an outside row scores above an inside one; ``average_precision`` of calling
+        rows outside; ``fpr_at_95_tpr``, the share of outside rows that pass where 95 % of the inside ones do.
+
+    Raises:
+        ValueError: If one is empty or holds nan.
+
+    Example:
+        >>> detection_scores(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 3.0]))
+        {'auroc': 1.0, 'average_precision': 1.0, 'fpr_at_95_tpr': 0.0}
+    """
+    for name, scores in (("inside", inside), ("outside", outside)):
+        if not scores.numel() or bool(scores.isnan().any()):
+            raise ValueError(f"Expected `{name}` to hold at least one score and no nan.")
+    scores = torch.cat([inside.flatten(), outside.flatten()]).double()
+    # Ranks, since torchmetrics takes scores outside [0, 1] through a sigmoid, which rounds large ones to 1.
+    ranks = (scores.unique(return_inverse=True)[1] + 1) / (len(scores) + 1)
+    out = torch.cat([torch.zeros(inside.numel()), torch.ones(outside.numel())]).long().to(scores.device)
+    specificity, _ = binary_specificity_at_sensitivity(1.0 - ranks, 1 - out, min_sensitivity=0.95)
+    return {
+        "auroc": float(binary_auroc(ranks, out)),
+        "average_precision": float(binary_average_precision(ranks, out)),
+        "fpr_at_95_tpr": 1.0 - float(specificity),
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------- inside
