@@ -217,7 +217,7 @@ def test_it_compiles_and_is_balanced_within_classes(data):
     model = MixtureClassifier(C, D, 2, random_state=0).fit(x.float(), y)
     torch._dynamo.reset()
     assert_near(torch.compile(model, fullgraph=True, backend="aot_eager")(x.float()), model(x.float()), 1e-5)
-    balanced = model.mixture.sinkhorn(x, log_prior=model.log_prior(y), n_iterations=300)
+    balanced = model.mixture.sinkhorn(x, log_prior=model.log_prior(y), n_iterations=40)
     counts = model.statistics(x, y, assignment=balanced).count.reshape(C, 2)
     expected = (torch.bincount(y).double() / 2)[:, None].expand(C, 2)
     torch.testing.assert_close(counts, expected, rtol=1e-4, atol=1e-4)

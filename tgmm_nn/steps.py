@@ -220,7 +220,7 @@ class MixtureSteps(MixtureState):
         log_prior: Any = None,
         marginals: Literal["uniform", "weights"] = "uniform",
         epsilon: float = 1.0,
-        n_iterations: int = 10,
+        n_iterations: int = 30,
         sync: bool = True,
     ) -> Assignment:
         """Return the assignment that gives each component its share of the rows `x`, for `em_step` on them.
@@ -234,7 +234,7 @@ class MixtureSteps(MixtureState):
                 balanced within.
             marginals: Whether each component gets as much as any other, or its mixing weight.
             epsilon: Entropic regularisation in nats; 1 is as soft as EM is, towards 0 rows are assigned wholly.
-            n_iterations: Number of times that the shares are scaled.
+            n_iterations: Number of steps; 30 balance well, whatever the dimension.
             sync: Whether the rows of all ranks are balanced together; then every rank has to call this.
 
         Raises:
@@ -245,8 +245,8 @@ class MixtureSteps(MixtureState):
             >>> from tgmm_nn import GaussianMixture
             >>> gmm = GaussianMixture(2, 1).set_parameters([0.9, 0.1], [[0.0], [1.0]], [[[1.0]], [[1.0]]])
             >>> x = torch.linspace(-1, 1, 6)[:, None]
-            >>> gmm.statistics(x, assignment=gmm.sinkhorn(x)).count
-            tensor([3.0000, 3.0000], dtype=torch.float64)
+            >>> gmm.statistics(x, assignment=gmm.sinkhorn(x)).count.round(decimals=3)
+            tensor([3., 3.], dtype=torch.float64)
         """
         checks.check_choice("marginals", marginals, MARGINALS)
         checks.check_number("epsilon", epsilon, strict=True)

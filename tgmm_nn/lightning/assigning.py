@@ -45,7 +45,7 @@ class Assigning:
 
     kind: str | None = None
     epsilon: float = 1.0
-    n_iterations: int = 10
+    n_iterations: int = 30
     marginals: str = "uniform"
     temperature: float = 1.0
     temperature_epochs: int | None = None

@@ -147,7 +147,7 @@ class EMCallback(lightning.Callback):
         init_samples: int = 10_000,
         assignment: Literal["soft", "hard", "sinkhorn"] | None = None,
         epsilon: float = 1.0,
-        sinkhorn_iterations: int = 10,
+        sinkhorn_iterations: int = 30,
         marginals: Literal["uniform", "weights"] = "uniform",
         temperature: float = 1.0,
         temperature_epochs: int | None = None,
