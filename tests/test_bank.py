@@ -5,6 +5,7 @@ import torch
 from scipy.stats import chisquare
 
 from tgmm_nn.lightning.bank import Bank
+from tgmm_nn.lightning.batch import Batch
 
 
 def stream(sizes):
@@ -15,8 +16,8 @@ def stream(sizes):
 def filled(bank, steps, labels=None, seed=0, n_components=1):
     bank.begin(n_components, seed)
     for number, rows in enumerate(steps, start=1):
-        bank.add(rows, number, None if labels is None else labels(rows))
-    return bank.rows().flatten().tolist()
+        bank.add(Batch.of(rows), number, None if labels is None else labels(rows))
+    return bank.batch().rows.flatten().tolist()
 
 
 @pytest.mark.parametrize("policy", ["fifo", "reservoir"])
@@ -24,8 +25,8 @@ def test_a_bank_without_a_size_keeps_all_until_it_is_emptied(policy):
     bank = Bank(None, policy)
     assert filled(bank, stream([3, 0, 5])) == list(range(8))
     bank.clear()
-    bank.add(torch.ones(2, 1), 9)
-    assert len(bank.rows()) == 2
+    bank.add(Batch.of(torch.ones(2, 1)), 9)
+    assert len(bank.batch().rows) == 2
 
 
 @pytest.mark.parametrize("size", [1, 7, 10, 100])
@@ -81,7 +82,7 @@ def test_memory_stays_near_the_size():
     bank = Bank(80)
     bank.begin(1, 0)
     for step in range(200):
-        bank.add(torch.zeros(4, 2), step)
+        bank.add(Batch.of(torch.zeros(4, 2)), step)
         assert sum(len(part.rows) for part in bank._parts) <= 90 + 4
 
 
@@ -94,8 +95,8 @@ def test_a_bank_goes_on_from_a_saved_one(policy):
     rest.begin(1, 0)
     rest.load_state_dict(half.state_dict(), torch.device("cpu"))
     for number, rows in enumerate(steps[2:], start=3):
-        rest.add(rows, number)
-    assert torch.equal(rest.rows(), whole.rows())
+        rest.add(Batch.of(rows), number)
+    assert torch.equal(rest.batch().rows, whole.batch().rows)
     assert Bank(8).state_dict() == {}
 
 

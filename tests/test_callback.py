@@ -124,7 +124,7 @@ def test_rows_that_are_not_finite_neither_start_nor_move_a_mixture():
     model.training_step = skip
     trainer(EMCallback(), max_epochs=2).fit(model, loader(x))
     assert model.gmm.fitted_
-    assert int(model.gmm.n_skipped) == 7  # of the second epoch's updates; the start filters
+    assert int(model.gmm.n_skipped) == 14  # of the start and of the second epoch's updates
     assert all(bool(torch.isfinite(b).all()) for name, b in state(model.gmm).items() if name.endswith("_"))
 
 
@@ -328,7 +328,7 @@ def test_a_bad_option_raises_at_construction_and_names_itself(options, match):
     [
         ({"module": "mixture"}, r"`module` to name a submodule of Toy \('encoder', 'idle', 'gmm'\), but got 'mixture'"),
         ({"embeddings": "encoders"}, "`embeddings` to name a submodule of Toy"),
-        ({"module": "encoder"}, "to be a GaussianMixture, but got Linear"),
+        ({"module": "encoder"}, "to be a GaussianMixture or a MixtureClassifier, but got Linear"),
         ({"embeddings": "outputs:"}, "outputs:<key>"),
         ({"embeddings": "outputs:h"}, r"a dictionary with 'h' .* got \['loss', 'z'\]"),
         ({"embeddings": "idle"}, "forward was not called"),
@@ -342,7 +342,9 @@ def test_a_name_that_does_not_exist_raises_and_lists_what_does(options, match):
 def test_embeddings_of_the_wrong_width_raise():
     model = Toy()
     model.gmm = GaussianMixture(3, 5)
-    with pytest.raises(ValueError, match=r"Expected `x` of shape \(..., 5\)"):
+    model.training_step = lambda batch, batch_idx: model.encoder(batch[0]).square().mean()
+    message = "embeddings='encoder' of 5 features for the mixture 'gmm', but got 2 along channel_dim=-1"
+    with pytest.raises(ValueError, match=message):
         trainer(EMCallback()).fit(model, loader())
 
 
@@ -361,6 +363,13 @@ def updates_by_epoch(model, callback, max_epochs=6):
     return counts
 
 
+def test_training_that_makes_no_update_says_so():
+    with pytest.warns(UserWarning, match="EM made no update on 'gmm': look at `every_n_steps`, `min_fill`"):
+        assert sum(updates_by_epoch(started(), EMCallback(every_n_steps=10, every_n_epochs=2))) == 0
+    with pytest.warns(UserWarning, match="EM made no update"):
+        assert sum(updates_by_epoch(started(), EMCallback(mode="full", min_fill=1000))) == 0
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -368,7 +377,6 @@ def updates_by_epoch(model, callback, max_epochs=6):
         ({"every_n_epochs": 2}, [5, 0, 5, 0, 5, 0]),
         ({"start_epoch": 1, "every_n_epochs": 3}, [0, 5, 0, 0, 5, 0]),
         ({"every_n_steps": 3}, [1, 2, 2, 1, 2, 2]),  # of the steps 1 to 30 those that 3 divides
-        ({"every_n_steps": 10, "every_n_epochs": 2}, [0, 0, 0, 0, 0, 0]),  # 10, 20 and 30 end the epochs between
         ({"mode": "full", "every_n_epochs": 2, "stop_epoch": 4}, [1, 0, 1, 0, 0, 0]),
     ],
     ids=str,
@@ -409,7 +417,7 @@ def test_a_likelihood_is_logged_also_where_no_update_is_due():
         ({"stop_epoch": 2.5}, TypeError, "`stop_epoch` to be an integer or None, but got 2.5"),
         ({"every_n_epochs": 0}, ValueError, "`every_n_epochs` to be at least 1, but got 0"),
         ({"every_n_steps": 0}, ValueError, "`every_n_steps` to be at least 1, but got 0"),
-        ({"n_iterations": 2}, ValueError, "`n_iterations` only with mode='full', but got 2; set n_iterations=1"),
+        ({"n_iterations": 2}, ValueError, "`n_iterations` only with mode='full', but got 2; leave it at 1"),
         ({"output_key": -1}, ValueError, "`output_key` to be at least 0, but got -1"),
         ({"output_key": 1.5}, TypeError, "`output_key` to be an integer, but got 1.5"),
         (
@@ -527,7 +535,7 @@ def test_at_most_so_many_rows_of_a_step_are_taken_by_its_number_alone():
     counts = []
     for model in models:
         expect = model.gmm.statistics
-        model.gmm.statistics = lambda z, expect=expect, **options: counts.append(len(z)) or expect(z, **options)
+        model.gmm.statistics = lambda z, *options, expect=expect: counts.append(len(z)) or expect(z, *options)
         torch.rand(len(counts) + 1)
         trainer(EMCallback(max_rows_per_step=4)).fit(model, loader())
     assert counts == [4] * 20

@@ -10,8 +10,11 @@ from toy import QUIET, Toy, loader, rows, trainer
 from tgmm_nn import GaussianMixture
 from tgmm_nn.functional import distance
 from tgmm_nn.lightning import EMCallback
+from tgmm_nn.lightning.batch import Batch
 from tgmm_nn.lightning.health import Health, badly_explained, matching
+from tgmm_nn.lightning.learner import Learner
 from tgmm_nn.lightning.monitor import Monitor
+from tgmm_nn.maximization import EVERYTHING, Learned
 
 pytestmark = QUIET
 
@@ -49,7 +52,7 @@ def test_badly_explained_rows_are_of_the_tenth_of_lowest_density(gmm):
 def test_a_component_starts_anew_after_so_many_updates_on_end_and_no_earlier(gmm):
     health, x = Health(min_weight=0.05, patience=3), clusters()
     health.begin(gmm)
-    assert [health.after_update(gmm, x, None, step) for step in range(3)] == [0, 0, 1]
+    assert [health.after_update(Learner(gmm), Batch.of(x), EVERYTHING, step) for step in range(3)] == [0, 0, 1]
     assert float(gmm.weights_[2]) == pytest.approx(1 / 3)
     assert float((gmm.means_[2] - 20).abs().max()) < 4
     assert health.state_dict() == [0, 0, 0]
@@ -61,7 +64,7 @@ def test_a_recovery_in_between_starts_the_count_over(gmm):
     counts = []
     for weights in (STARVED, [0.5, 0.4, 0.1], STARVED, STARVED):
         gmm.weights_.copy_(torch.tensor(weights))
-        counts.append(health.after_update(gmm, x, None, 0))
+        counts.append(health.after_update(Learner(gmm), Batch.of(x), EVERYTHING, 0))
     assert counts == [0, 0, 0, 1]
 
 
@@ -69,9 +72,9 @@ def test_frozen_components_and_healthy_ones_are_left_alone(gmm):
     health, x = Health(min_weight=0.05, patience=1), clusters()
     health.begin(gmm)
     before = gmm.means_.clone()
-    assert health.after_update(gmm, x, torch.tensor([True, True, False]), 0) == 0
+    assert health.after_update(Learner(gmm), Batch.of(x), Learned.from_options(3, frozen_components=[2]), 0) == 0
     assert torch.equal(gmm.means_, before)
-    assert health.after_update(gmm, x, None, 0) == 1
+    assert health.after_update(Learner(gmm), Batch.of(x), EVERYTHING, 0) == 1
     assert torch.equal(gmm.means_[:2], before[:2])
 
 
@@ -79,15 +82,15 @@ def test_several_that_starve_go_to_the_rows_nearest_to_them(gmm):
     gmm.set_parameters([1.0, 0.0, 0.0], [[0.0, 0.0], [-9.0, 0.0], [9.0, 0.0]], torch.eye(2).expand(3, 2, 2))
     health = Health(min_weight=0.05, patience=1)
     health.begin(gmm)
-    assert health.after_update(gmm, torch.tensor([[30.0, 0.0], [-30.0, 0.0]]), None, 0) == 2
+    assert health.after_update(Learner(gmm), Batch.of(torch.tensor([[30.0, 0.0], [-30.0, 0.0]])), EVERYTHING, 0) == 2
     torch.testing.assert_close(gmm.means_[1:], torch.tensor([[-30.0, 0.0], [30.0, 0.0]]))
 
 
 def test_without_rows_a_component_stays_due(gmm):
     health = Health(min_weight=0.05, patience=1)
     health.begin(gmm)
-    assert health.after_update(gmm, clusters()[:0], None, 0) == 0
-    assert health.after_update(gmm, clusters(), None, 1) == 1
+    assert health.after_update(Learner(gmm), Batch.of(clusters()[:0]), EVERYTHING, 0) == 0
+    assert health.after_update(Learner(gmm), Batch.of(clusters()), EVERYTHING, 1) == 1
 
 
 @pytest.mark.parametrize("mode", ["minibatch", "accumulate", "full"])
@@ -125,8 +128,7 @@ def test_the_counts_travel_with_the_checkpoint(tmp_path):
     assert saved == {"starving": callback.health.state_dict(), "bank": {}}
     assert max(saved["starving"]) > 0
     other = Health(min_weight=0.3, patience=100)
-    other.load_state_dict(saved["starving"])
-    other.begin(started().gmm)
+    other.begin(started().gmm, saved["starving"])
     assert other.state_dict() == saved["starving"]
 
 
@@ -138,7 +140,7 @@ def test_the_matching_shares_most_rows(generator):
     old = GaussianMixture(3, 2, random_state=0).initialize(x)
     new = GaussianMixture(3, 2, random_state=1).fit(x)
     new.permute_components(torch.randperm(3, generator=generator))
-    order = matching(old, new, torch.cat([x, torch.full((1, 2), torch.nan)]))
+    order = matching(old, new, torch.cat([x, torch.full((1, 2), torch.nan)]), torch.zeros(3))
     shared = old.predict_proba(x).mT @ new.predict_proba(x)
     best = max(float(shared[range(3), list(p)].sum()) for p in torch.cartesian_prod(*[torch.arange(3)] * 3).tolist()
                if len(set(p)) == 3)  # fmt: skip

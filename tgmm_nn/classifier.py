@@ -16,7 +16,7 @@ from tgmm_nn.mixture import GaussianMixture
 from tgmm_nn.state import CovarianceType
 from tgmm_nn.statistics import Statistics
 
-__all__ = ["MixtureClassifier"]
+__all__ = ["UNLABELLED", "MixtureClassifier"]
 
 UNLABELLED = -1
 

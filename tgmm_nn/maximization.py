@@ -53,6 +53,8 @@ class Learned(NamedTuple):
         """
         for k in frozen_components:
             checks.check_integer("frozen_components", k, minimum=0, maximum=n_components - 1)
+        if set(frozen_components) == set(range(n_components)):
+            raise ValueError(f"Expected `frozen_components` to leave one of {n_components} free, but got all of them.")
         if not frozen_components and set(update) == set(PARTS):
             return EVERYTHING
         free = torch.ones(n_components, dtype=torch.bool, device=device)

@@ -258,7 +258,7 @@ class MixtureSteps(MixtureState):
             return sinkhorn(rows, self.mixture(), self.covariance, shares, *of_rows, **how, sync=sync)
 
     @torch.no_grad()
-    def reseed(self, components: Any, means: Any) -> None:
+    def reseed(self, components: Any, means: Any, learned: Learned = EVERYTHING) -> None:
         """Start some components anew, their running statistics with them, so that these don't pull them back.
 
         Each gets a given mean, the covariance within all components, and the weight 1/K (with priors, the mode given
@@ -267,6 +267,7 @@ class MixtureSteps(MixtureState):
         Args:
             components: Different components, integers, shape ``(m,)``.
             means: Their new means, shape ``(m, d)``.
+            learned: Whose weights may move: those of others stay as they are.
 
         Raises:
             TypeError: If ``means`` hold no real numbers.
@@ -290,7 +291,7 @@ class MixtureSteps(MixtureState):
         places = self.means_.to(means).index_copy(0, components, means)
         step_size = self.running_step_size.clone()
         sums = reseed(self.running_statistics(), anew, places, self.covariance)
-        self.maximize(sums, Learned(means=anew, covariances=anew))
+        self.maximize(sums, Learned(learned.weights, means=anew, covariances=anew))
         self.running_step_size.copy_(step_size)  # the next batch counts as it would have
 
     # --------------------------------------------------------------------------------------------------- inside

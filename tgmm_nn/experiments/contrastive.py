@@ -183,6 +183,11 @@ class ContrastiveClustering(lightning.LightningModule):
             self(batch["x"])
         return loss
 
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Return the embeddings of a batch."""
+        embeddings: Tensor = self(batch["x"])
+        return embeddings
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return Adam."""
         return torch.optim.Adam(self.encoder.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from tgmm_nn import checks
 from tgmm_nn.assignment import HARD, Assignment
-from tgmm_nn.mixture import GaussianMixture
+from tgmm_nn.lightning.batch import Batch
+from tgmm_nn.lightning.learner import Learner
 from tgmm_nn.steps import MARGINALS
 
 __all__ = ["KINDS", "Assigning"]
@@ -20,8 +19,8 @@ KINDS = ("soft", "hard", "sinkhorn")
 class Assigning:
     r"""An `Assignment` for the rows of an update.
 
-    The temperature falls geometrically with the epochs e of EM, :math:`T_e = T^{1 - e / E}`, and stays at 1 from
-    ``temperature_epochs`` E on: deterministic annealing.
+    The temperature falls geometrically with the epochs e since the first of EM, :math:`T_e = T^{1 - e / E}`, and stays
+    at 1 from ``temperature_epochs`` E on: deterministic annealing.
 
     Args:
         kind: ``"soft"``, ``"hard"``, ``"sinkhorn"``, or None for the mixture's own.
@@ -65,8 +64,8 @@ class Assigning:
             return self.temperature
         return self.temperature ** max(0.0, 1.0 - epoch / self.temperature_epochs)
 
-    def of(self, gmm: GaussianMixture, rows: Tensor, epoch: int) -> Assignment | None:
-        """Return how ``rows`` are shared in an epoch; for ``"sinkhorn"`` every rank has to call this."""
+    def of(self, learner: Learner, batch: Batch, epoch: int) -> Assignment | None:
+        """Return how rows are shared in an epoch; for ``"sinkhorn"`` every rank has to call this."""
         if self.kind is None:
             return None
         if self.kind == "hard":
@@ -74,9 +73,5 @@ class Assigning:
         temperature = self.temperature_of(epoch)
         if self.kind == "soft":
             return Assignment(temperature=temperature)
-        return gmm.sinkhorn(
-            rows,
-            marginals=self.marginals,  # type: ignore[arg-type]  # checked above
-            epsilon=self.epsilon * temperature,
-            n_iterations=self.n_iterations,
-        )
+        how = {"marginals": self.marginals, "n_iterations": self.n_iterations}
+        return learner.sinkhorn(batch, epsilon=self.epsilon * temperature, **how)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tgmm_nn import checks
+from tgmm_nn.lightning.batch import Batch
 from tgmm_nn.lightning.ranks import gather_rows, this_rank
 
 __all__ = ["Bank"]
@@ -18,9 +19,10 @@ SLACK = 1.125
 
 
 class Held(NamedTuple):
-    """Rows ``(n, d)``, the key of each, and the bank that each belongs to, both ``(n,)``."""
+    """Rows ``(n, d)``, and of each its label, its key and the bank that it belongs to, all ``(n,)``."""
 
     rows: Tensor
+    labels: Tensor
     keys: Tensor
     banks: Tensor
 
@@ -69,7 +71,8 @@ class Bank:
 
     def begin(self, n_components: int, seed: int) -> None:
         """Prepare for a mixture of K components; the draws of a reservoir depend on seed, step and rank alone."""
-        self._seed = seed
+        self._seed, self.n_dropped = seed, 0
+        self.clear()
         if self.per_component:
             self._n_banks = n_components
         if self.size is not None and self.size < self._n_banks:
@@ -77,37 +80,40 @@ class Bank:
                 f"Expected `bank_size` of at least {self._n_banks}, one row for each component, but got {self.size}."
             )
 
-    def add(self, rows: Tensor, step: int, components: Tensor | None = None) -> None:
+    def add(self, batch: Batch, step: int, components: Tensor | None = None) -> None:
         """Take in the rows of a step of this rank; a bank of a size counts those that are not finite, and drops them.
 
         Args:
-            rows: Shape ``(n, d)``.
+            batch: Rows and their labels.
             step: Number of the step, larger than those before.
             components: The most probable component of each row, shape ``(n,)``, where each has a bank of its own.
         """
         if not self.per_component or components is None:
-            components = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
-        held = Held(rows, self._keys(len(rows), step).to(rows.device), components)
+            components = torch.zeros_like(batch.labels)
+        held = Held(*batch, self._keys(len(batch.rows), step).to(batch.rows.device), components)
         if self.size is None:
             self._parts.append(held)
             return
-        finite = torch.isfinite(rows).all(-1)
+        finite = batch.finite()
         self.n_dropped += int((~finite).sum())
         self._parts.append(held.where(finite))
         # Rows too many are dropped now and then: a copy of the bank at every step would cost more than EM.
         if sum(len(part.rows) for part in self._parts) > SLACK * self.size:
             self._compact()
 
-    def rows(self) -> Tensor:
-        """Return this rank's rows of the bank, shape ``(n, d)``; every rank has to call this."""
+    def batch(self) -> Batch | None:
+        """Return this rank's rows of the bank, None where nothing came; every rank has to call this."""
+        if not self._parts:
+            return None
         held = self._compact()
-        if self.size is None:
-            return held.rows
-        # A row may be among the smallest keys here, and not over all ranks.
-        parts = gather_rows(torch.stack([held.keys, held.banks.to(held.keys.dtype)], -1))
-        keys, banks = torch.cat(parts).unbind(-1)
-        kept = _smallest(keys, banks, self._quota())
-        return held.rows[kept.split([len(part) for part in parts])[this_rank()[0]]]
+        if self.size is not None:
+            # A row may be among the smallest keys here, and not over all ranks.
+            parts = gather_rows(torch.stack([held.keys, held.banks.to(held.keys.dtype)], -1))
+            keys, banks = torch.cat(parts).unbind(-1)
+            kept = _smallest(keys, banks, self._quota())
+            held = held.where(kept.split([len(part) for part in parts])[this_rank()[0]])
+            self._parts = [held]
+        return Batch(held.rows, held.labels)
 
     def clear(self) -> None:
         """Forget all rows."""
@@ -115,17 +121,18 @@ class Bank:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rows of all ranks; every rank has to call this."""
-        if not self._parts:
+        if self.batch() is None:
             return {}
-        held = self._compact()
-        tensors = (held.rows, held.keys[:, None], held.banks[:, None])
-        return {name: torch.cat(gather_rows(t)).cpu() for name, t in zip(Held._fields, tensors, strict=True)}
+        held = self._parts[0]
+        columns = (held.rows, *(tensor[:, None] for tensor in held[1:]))
+        return {name: torch.cat(gather_rows(t)).cpu() for name, t in zip(Held._fields, columns, strict=True)}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Take this rank's part of rows that `state_dict` gave, on any number of ranks."""
         rank, n_ranks = this_rank()
-        rows, keys, banks = (state[name][rank::n_ranks].to(device) for name in Held._fields)
-        self._parts = [Held(rows, keys[:, 0], banks[:, 0])]
+        rows, *columns = (state[name][rank::n_ranks].to(device) for name in Held._fields)
+        held = Held(rows, *(column[:, 0] for column in columns))
+        self._parts = [held if self.per_component else held._replace(banks=torch.zeros_like(held.banks))]
 
     def _quota(self) -> int:
         return (self.size or 0) // self._n_banks

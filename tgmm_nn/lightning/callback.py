@@ -7,21 +7,22 @@ from functools import partial
 from typing import Any, Literal
 
 import lightning
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
 
 from tgmm_nn import checks
+from tgmm_nn.classifier import MixtureClassifier
 from tgmm_nn.lightning.assigning import Assigning
 from tgmm_nn.lightning.bank import Bank
+from tgmm_nn.lightning.batch import Batch
 from tgmm_nn.lightning.health import Health
+from tgmm_nn.lightning.learner import Learner
 from tgmm_nn.lightning.modes import Accumulate, EMStep, Full, Minibatch, Mode, raise_nonfinite, start_on
 from tgmm_nn.lightning.monitor import Monitor
-from tgmm_nn.lightning.options import check_averaging, check_dependencies, check_learned
+from tgmm_nn.lightning.options import check_dependencies, check_learned, check_neighbours
 from tgmm_nn.lightning.ranks import count_over_ranks
-from tgmm_nn.lightning.refresh import encode_again
+from tgmm_nn.lightning.refresh import check_predict_step, encode_again
 from tgmm_nn.lightning.schedule import Schedule
-from tgmm_nn.lightning.sources import Embeddings, attach_mixture, find_mixture
+from tgmm_nn.lightning.sources import Embeddings, attach_mixture
 from tgmm_nn.maximization import PARTS, Learned
 from tgmm_nn.mixture import GaussianMixture
 from tgmm_nn.schedules import PolynomialDecay
@@ -52,13 +53,17 @@ class EMCallback(lightning.Callback):
     far the means moved in the epoch, a weighted mean in standard deviations; ``births``, ``deaths``, ``reseeded``.
 
     Args:
-        module: Name of the `GaussianMixture` in the LightningModule; or a mixture, which is made a submodule of
-            it under ``name`` before a checkpoint is restored, so that a foreign module's checkpoints carry it.
+        module: Name of the `GaussianMixture` or `MixtureClassifier` in the LightningModule; or a mixture, which is made
+            a submodule of it under ``name`` before a checkpoint is restored, so that a foreign module's checkpoints
+            carry it. After ``ddp_fork`` and ``ddp_spawn``, which train in processes of their own, it is in the
+            checkpoint alone.
         embeddings: Dotted name of the submodule whose output, ``(..., d)``, is clustered; or ``"outputs:<key>"`` for a
             key of what ``training_step`` returned. Several calls in a step are joined.
         mode: ``"minibatch"`` makes stepwise EM updates, each from the rows of a step. ``"accumulate"`` makes exact EM
             updates, each from the sums of the steps since the last one; ``"full"`` keeps their rows in a bank, and
             makes ``n_iterations`` EM updates on it. Both use at an epoch's last batch what they have.
+        targets: Where labels for a `MixtureClassifier` are, one for each row: key, or place, in the batch, or
+            ``"outputs:<key>"``; −1 marks a row without. None learns from rows alone.
         name: Name under which a mixture that is given as ``module`` is attached.
         start_epoch: First epoch, from 0, in which the mixture is started and updated; a float in (0, 1) is the share of
             ``max_epochs`` that has passed at that epoch's end.
@@ -72,8 +77,8 @@ class EMCallback(lightning.Callback):
         offset: :math:`t_0` of that schedule, at least 1.
         n_iterations: In ``"full"``, EM iterations of an update.
         tol: In ``"full"``, the iterations stop where the mean log-likelihood changes by less; None makes all of them.
-        refit: In ``"full"``, whether each update starts the mixture anew; components keep the indices of those before
-            that they share most rows with.
+        refit: In ``"full"``, whether each update starts the mixture anew, on the rows of all ranks, which each rank
+            gathers; components keep the indices of those before that they share most rows with.
         bank_size: In ``"full"``, rows that are kept over all ranks, and from epoch to epoch. None keeps all rows, until
             they have been used.
         bank_policy: Of a bank of a size: ``"fifo"`` keeps the newest rows, ``"reservoir"`` a uniform sample of all.
@@ -91,7 +96,8 @@ class EMCallback(lightning.Callback):
         sinkhorn_iterations: Iterations of ``"sinkhorn"``.
         marginals: What ``"sinkhorn"`` gives the components: ``"uniform"`` shares, or their ``"weights"``.
         temperature: T of ``"soft"`` and ``"sinkhorn"``, for :math:`r_{nk} \propto (\pi_k N_k)^{1/T}`.
-        temperature_epochs: Epochs of EM in which T falls to 1 geometrically: deterministic annealing. None keeps T.
+        temperature_epochs: Epochs, since the first of EM, in which T falls to 1 geometrically: deterministic annealing.
+            None keeps T.
         update: What is learned, of ``"weights"``, ``"means"`` and ``"covariances"``; the rest is frozen.
         frozen_components: Components that keep their parameters.
         min_weight: A component that weighs less after each of ``patience`` updates is started anew on a badly explained
@@ -122,10 +128,11 @@ class EMCallback(lightning.Callback):
 
     def __init__(
         self,
-        module: str | GaussianMixture = "gmm",
+        module: str | GaussianMixture | MixtureClassifier = "gmm",
         embeddings: str = "encoder",
         mode: Literal["minibatch", "accumulate", "full"] = "minibatch",
         *,
+        targets: str | int | None = None,
         name: str = "gmm",
         start_epoch: int | float = 0,
         stop_epoch: int | None = None,
@@ -164,7 +171,7 @@ class EMCallback(lightning.Callback):
         prog_bar: bool = True,
     ) -> None:
         options = {name: value for name, value in locals().items() if name != "self"}
-        checks.check_string("module", name if isinstance(module, GaussianMixture) else module)
+        checks.check_string("module", name if isinstance(module, (GaussianMixture, MixtureClassifier)) else module)
         checks.check_choice("mode", mode, MODES)
         checks.check_choice("init", init, STARTS)
         checks.check_choice("on_nonfinite", on_nonfinite, ("skip", "raise"))
@@ -173,14 +180,16 @@ class EMCallback(lightning.Callback):
             checks.check_bool(flag, options[flag])
         for text in ("name", "prefix"):
             checks.check_string(text, options[text])
-        check_learned(update, frozen_components, min_weight)
-        self.mixture = module if isinstance(module, GaussianMixture) else None
+        if not name.isidentifier():
+            raise ValueError(f"Expected `name` to be one word, the name of a new attribute, but got {name!r}.")
+        check_learned(update, frozen_components, min_weight, refit)
+        self.attached = None if isinstance(module, str) else module
         self.module = module if isinstance(module, str) else name
         self.mode, self.init, self.init_samples = mode, init, init_samples
         self.save_bank, self.refresh = save_bank, refresh
         self.learned = tuple(update), tuple(frozen_components)
         self.prefix, self.prog_bar = prefix, prog_bar
-        self.source = Embeddings(embeddings, output_key, channel_dim, normalize, max_rows_per_step)
+        self.source = Embeddings(embeddings, output_key, channel_dim, normalize, max_rows_per_step, targets=targets)
         self.schedule = Schedule(start_epoch, stop_epoch, every_n_epochs, every_n_steps)
         self.assigning = Assigning(assignment, epsilon, sinkhorn_iterations, marginals, temperature, temperature_epochs)
         self.bank = Bank(bank_size, bank_policy, per_component=bank_per_component)
@@ -191,10 +200,11 @@ class EMCallback(lightning.Callback):
         modes: dict[str, Mode] = {"minibatch": Minibatch(self.em), "accumulate": Accumulate(self.em), "full": full}
         self._mode = modes[mode]
         check_dependencies(EMCallback, options)
-        self._waiting: list[tuple[int, Tensor]] = []
-        self._started = self._heard = False
+        self._learner: Learner | None = None
+        self._waiting: list[tuple[int, Batch]] = []
+        self._started = self._heard = self._moved = self._is_open = False
         self._last_step = self._first_epoch = self._epoch = 0
-        self._saved_bank: Mapping[str, Tensor] = {}
+        self._saved: Mapping[str, Any] = {}
 
     @property
     def state_key(self) -> str:
@@ -205,66 +215,75 @@ class EMCallback(lightning.Callback):
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Attach the mixture if it was given, and raise if ``module`` or ``embeddings`` names nothing."""
-        if self.mixture is not None:
-            attach_mixture(pl_module, self.module, self.mixture)
+        if self.attached is not None:
+            attach_mixture(pl_module, self.module, self.attached)
         if stage == "fit":
-            find_mixture(pl_module, self.module)
+            Learner.find(pl_module, self.module, self.source.targets is not None)
             self.source.check(pl_module)
-            check_averaging(trainer, self)
+            check_neighbours(trainer, self)
+            if self.refresh:
+                check_predict_step(pl_module)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Start listening; a mixture that a checkpoint or the user has fitted is not started again."""
-        gmm = self._gmm(pl_module)
-        self._started, self._heard = gmm.fitted_, False
+        self._learner = Learner.find(pl_module, self.module, self.source.targets is not None)
+        gmm = self._learner.gmm
+        self._started, self._heard, self._moved = gmm.fitted_, False, False
         self._first_epoch = self.schedule.first_epoch(trainer.max_epochs)
         self._last_step, self._epoch = trainer.global_step, trainer.current_epoch
         self.em.learned = Learned.from_options(gmm.n_components, *self.learned, gmm.means_.device)
-        self.health.begin(gmm)
+        # What an earlier training left here is not this one's, but for what a checkpoint brings.
+        self.health.begin(gmm, self._saved.get("starving", ()))
         self.bank.begin(gmm.n_components, gmm.seed)
-        if self._saved_bank:
-            self.bank.load_state_dict(self._saved_bank, gmm.means_.device)
-            self._saved_bank = {}
-        self._begin_epoch(gmm)
+        if self.save_bank and self._saved.get("bank"):
+            self.bank.load_state_dict(self._saved["bank"], gmm.means_.device)
+        self.monitor.reset()
+        self._saved = {}
+        self._begin_epoch()
         self.source.attach(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Forget rows of an epoch that was cut short."""
         self._epoch = trainer.current_epoch
-        self._begin_epoch(self._gmm(pl_module))
+        self._begin_epoch()
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Update once the optimizer has stepped, and at the epoch's last batch."""
-        self.source.receive(outputs)
+        self.source.receive(outputs, batch)
         previous, step = self._last_step, trainer.global_step
         last = trainer.is_last_batch or 0 < trainer.max_steps <= step
         if step == previous and not last:
             return
         self._last_step = step
-        gmm = self._gmm(pl_module)
-        rows = self._take(gmm, step)
-        self.monitor.see(gmm, rows)
-        if not self.schedule.runs_in(self._epoch, self._first_epoch):
+        seen = self._take(step)
+        self.monitor.see(self.learner.gmm, seen.rows)
+        if not self.schedule.runs_in(self._epoch, self._first_epoch) or not self._collect(seen, step, last):
             return
-        if not self._collect(gmm, rows, step, last):
-            return
-        due = self.schedule.is_due(step, previous, default=last or not self._mode.by_epoch)
-        if due or (last and self._mode.has_windows):
-            if self.refresh and last:
-                self._mode.forget()
-                self._mode.collect(gmm, encode_again(trainer, pl_module, self.source), step)
-            self._update(gmm, step)
+        if last and self.refresh:
+            self._mode.forget()
+            self._mode.collect(self.learner, encode_again(trainer, pl_module, self.source), step)
+        ends = last and self._mode.has_windows
+        if ends or self.schedule.is_due(step, previous, default=last or not self._mode.by_epoch):
+            self._update(step)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Log what became of the mixture in the epoch; validation and the checkpoint see the same."""
-        for name, value in self.monitor.values(self._gmm(pl_module)).items():
+        if self._is_open:  # training was stopped before the last batch
+            self._update(self._last_step)
+        for name, value in self.monitor.values(self.learner.gmm).items():
             shown = self.prog_bar and name == "log_likelihood"
             # All ranks hold the same numbers: the mean over them only tells Lightning so.
             pl_module.log(f"{self.prefix}/{name}", value, prog_bar=shown, sync_dist=True)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Stop listening, and say so if the mixture was never started."""
+        runs = any(self.schedule.runs_in(epoch, self._first_epoch) for epoch in range(trainer.current_epoch))
+        if self._started and runs and not self._moved:
+            rank_zero_warn(
+                f"EM made no update on {self.module!r}: look at `every_n_steps`, `min_fill`, and when it started."
+            )
         if not self._started:
             rank_zero_warn(
                 f"EM never started on {self.module!r}: training ended before an epoch from {self._first_epoch} on had "
@@ -288,70 +307,87 @@ class EMCallback(lightning.Callback):
         return {"starving": self.health.state_dict(), "bank": bank}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave."""
-        self.health.load_state_dict(state_dict.get("starving", []))
-        self._saved_bank = state_dict.get("bank", {}) if self.save_bank else {}
+        """Keep what `state_dict` gave until training starts."""
+        self._saved = state_dict
 
     # --------------------------------------------------------------------------------------------------- inside
 
-    def _gmm(self, pl_module: lightning.LightningModule) -> GaussianMixture:
-        return find_mixture(pl_module, self.module)
+    @property
+    def learner(self) -> Learner:
+        """The mixture, with the labels that it learns from; there while training runs."""
+        if self._learner is None:
+            raise RuntimeError("Expected EMCallback to be in a training that has started, but it is not.")
+        return self._learner
 
-    def _take(self, gmm: GaussianMixture, step: int) -> Tensor:
-        """Return the rows of this rank since the last step; raise if nothing arrives in the first."""
-        rows = self.source.take(step)
-        if rows is None and not self._heard:
+    def _take(self, step: int) -> Batch:
+        """Return the rows of this rank since the last step; raise if none arrives on any rank in the first."""
+        gmm, seen = self.learner.gmm, self.source.take(step)
+        if not self._heard:
+            self._heard = bool(count_over_ranks(int(seen is not None), gmm.means_.device))
+        if not self._heard:
             raise RuntimeError(
                 f"Expected embeddings={self.source.source!r} to give rows in every training step, but its forward was "
                 "not called; name a submodule that the training step calls."
             )
-        self._heard = True
-        return gmm.means_.new_empty(0, gmm.n_features) if rows is None else rows
+        if seen is None:
+            return Batch.of(gmm.means_.new_empty(0, gmm.n_features))
+        if seen.rows.shape[-1] != gmm.n_features:
+            raise ValueError(
+                f"Expected embeddings={self.source.source!r} of {gmm.n_features} features for the mixture "
+                f"{self.module!r}, but got {seen.rows.shape[-1]} along channel_dim={self.source.channel_dim}."
+            )
+        return self.learner.used(seen)
 
-    def _collect(self, gmm: GaussianMixture, rows: Tensor, step: int, last: bool) -> bool:
+    def _collect(self, batch: Batch, step: int, last: bool) -> bool:
         """Hand the rows of a step to the mode, or wait for a start; return whether an update may follow."""
-        if self._started:
-            self._mode.collect(gmm, rows, step)
-            return True
-        self._waiting.append((step, rows))
-        if not self._start(gmm, last):
-            return False
-        waiting, self._waiting = self._waiting, []
-        if self.mode == "minibatch":
-            return False  # these rows are part of the start
-        for at, part in waiting:
-            self._mode.collect(gmm, part, at)
+        parts = [(step, batch)]
+        if not self._started:
+            self._waiting += parts
+            if not self._start(last):
+                return False
+            parts, self._waiting = self._waiting, []
+            if self.mode == "minibatch":
+                return False  # these rows are part of the start
+        for at, part in parts:
+            self._mode.collect(self.learner, part, at)
+        self._is_open = self._mode.has_windows
         return True
 
-    def _start(self, gmm: GaussianMixture, last: bool) -> bool:
+    def _start(self, last: bool) -> bool:
         """Start a fresh mixture as soon as all ranks have seen enough rows; return whether it was."""
-        rows = torch.cat([part for _, part in self._waiting])
-        seen = count_over_ranks(len(rows), rows.device)
-        if seen < gmm.n_components or (seen < self.init_samples and not last):
+        gmm = self.learner.gmm
+        seen = count_over_ranks(sum(len(batch.rows) for _, batch in self._waiting), gmm.means_.device)
+        if seen < self.init_samples and not last:
             return False
+        batch = Batch.joined(part for _, part in self._waiting)
+        bad = count_over_ranks(int((~batch.finite()).sum()), batch.rows.device)
         if self.em.raise_on_nonfinite:
-            bad = (~torch.isfinite(rows).all(-1)).sum()
-            if n := count_over_ranks(int(bad), rows.device):
-                raise_nonfinite(n)
-        self._started = start_on(gmm, rows, gmm.fit if self.init == "fit" else gmm.initialize)
+            raise_nonfinite(bad)
+        self._started = start_on(self.learner, batch, self.init)
         if self._started:
+            self._moved = True
             self.monitor.follow(gmm)
+            if self.mode == "minibatch":  # the other modes meet these rows again, and count them then
+                gmm.n_skipped.add_(bad)
         return self._started
 
-    def _update(self, gmm: GaussianMixture, step: int) -> None:
+    def _update(self, step: int) -> None:
         """Move the mixture, and look after its components."""
-        rows = self._mode.update(gmm)
-        if rows is not None:
-            self.monitor.count(gmm, self.health.after_update(gmm, rows, self.em.learned.means, step))
+        self._is_open = False
+        batch = self._mode.update(self.learner)
+        if batch is not None:
+            self._moved = True
+            n_reseeded = self.health.after_update(self.learner, batch, self.em.learned, step)
+            self.monitor.count(self.learner.gmm, n_reseeded)
 
-    def _begin_epoch(self, gmm: GaussianMixture) -> None:
+    def _begin_epoch(self) -> None:
         self.source.take()
         self._mode.forget()
-        self._waiting = []
-        self.monitor.begin(gmm)
+        self._waiting, self._is_open = [], False
+        self.monitor.begin(self.learner.gmm)
         self.em.assign = partial(self.assigning.of, epoch=self._epoch - self._first_epoch)
 
     def _release(self) -> None:
         self.source.detach()
         self._mode.forget()
-        self._waiting = []
+        self._waiting, self._is_open = [], False

@@ -11,7 +11,8 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.clustering import AdjustedRandScore, NormalizedMutualInfoScore
 
 from tgmm_nn import checks
-from tgmm_nn.lightning.sources import OUTPUTS, STEPS, Embeddings, find_mixture, item, returned_item
+from tgmm_nn.lightning.batch import Batch
+from tgmm_nn.lightning.sources import STEPS, Embeddings, find_mixture
 from tgmm_nn.metrics import (
     BIC,
     EffectiveComponents,
@@ -83,7 +84,7 @@ class ClusterMetricsCallback(lightning.Callback):
         _check_targets(targets, n_classes)
         self.module, self.targets, self.n_classes, self.stage = module, targets, n_classes, stage
         self.prefix, self.prog_bar = prefix, prog_bar
-        self.source = Embeddings(embeddings, output_key, channel_dim, normalize, stage=stage)
+        self.source = Embeddings(embeddings, output_key, channel_dim, normalize, stage=stage, targets=targets)
         self._density = self._clustering = MetricCollection({})
 
     @property
@@ -109,7 +110,7 @@ class ClusterMetricsCallback(lightning.Callback):
         gmm = find_mixture(pl_module, self.module)
         self._make_metrics(gmm)
         # Each rank has seen integers of no row at least, so that all can be joined.
-        self._score(gmm, gmm.means_[:0], gmm.n_updates.new_zeros(0))
+        self._score(gmm, *Batch.of(gmm.means_[:0]))
         self.source.attach(trainer, pl_module)
 
     def on_train_batch_end(
@@ -124,14 +125,14 @@ class ClusterMetricsCallback(lightning.Callback):
         """Score the rows of one of the stage's batches."""
         if trainer.state.stage != self.stage:
             return
-        self.source.receive(outputs)
-        rows = self.source.take()
-        if rows is None:
+        self.source.receive(outputs, batch)
+        seen = self.source.take()
+        if seen is None:
             raise RuntimeError(
                 f"Expected embeddings={self.source.source!r} to give rows in every {STEPS[self.stage]}, but its "
                 "forward was not called; name a submodule that the step calls."
             )
-        self._score(find_mixture(pl_module, self.module), rows, self._labels(outputs, batch, rows))
+        self._score(find_mixture(pl_module, self.module), *seen)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Log, and stop listening, in the stage's epochs."""
@@ -185,32 +186,16 @@ class ClusterMetricsCallback(lightning.Callback):
             self._clustering = clustering.to(gmm.means_.device)
 
     @torch.no_grad()
-    def _score(self, gmm: GaussianMixture, rows: Tensor, labels: Tensor | None) -> None:
+    def _score(self, gmm: GaussianMixture, rows: Tensor, labels: Tensor) -> None:
         """Add rows to the metrics; each takes what its ``update`` names."""
         log_density = gmm(rows)
         usable = torch.isfinite(log_density)
         r = gmm.predict_proba(rows[usable])
         self._density.update(log_density=log_density[usable], responsibilities=r)
-        if labels is not None:
+        if self.n_classes is not None:
             target = labels[usable]
             known = target >= 0
             self._clustering.update(preds=r.argmax(-1)[known], responsibilities=r[known], target=target[known])
-
-    def _labels(self, outputs: Any, batch: Any, rows: Tensor) -> Tensor | None:
-        """Return the labels of a batch's rows flat, or raise unless there is one for each; None without targets."""
-        if self.targets is None:
-            return None
-        if isinstance(self.targets, str) and self.targets.startswith(OUTPUTS):
-            labels = returned_item(outputs, self.targets, STEPS[self.stage], "targets")
-        else:
-            labels = item(batch, self.targets, "the batch", "targets")
-        labels = torch.as_tensor(labels, device=rows.device)
-        if labels.numel() != len(rows):
-            raise ValueError(
-                f"Expected targets={self.targets!r} to give one label for each of the {len(rows)} rows of "
-                f"embeddings={self.source.source!r}, but got shape {tuple(labels.shape)}."
-            )
-        return labels.reshape(-1)
 
     def _release(self) -> None:
         self.source.detach()
@@ -223,12 +208,7 @@ def _collect(prefix: str, **metrics: Metric | MetricCollection) -> MetricCollect
 
 
 def _check_targets(targets: Any, n_classes: int | None) -> None:
-    """Raise unless targets are a key or a place, and come with their number of classes."""
-    if isinstance(targets, str) or targets is None:
-        if targets in ("", OUTPUTS):
-            raise ValueError(f"Expected `targets` to be a key, a place or 'outputs:<key>', but got {targets!r}.")
-    else:
-        checks.check_integer("targets", targets, minimum=0)
+    """Raise unless targets come with their number of classes."""
     if (targets is None) != (n_classes is None):
         raise ValueError(
             f"Expected `targets` and `n_classes` both or none, but got targets={targets!r} and n_classes={n_classes}."

@@ -13,9 +13,11 @@ from tgmm_nn import checks
 from tgmm_nn.assignment import Assignment
 from tgmm_nn.distributed import broadcast_from_rank_zero
 from tgmm_nn.lightning.bank import Bank
+from tgmm_nn.lightning.batch import Batch
 from tgmm_nn.lightning.health import matching
+from tgmm_nn.lightning.learner import Learner
 from tgmm_nn.lightning.monitor import Monitor
-from tgmm_nn.lightning.ranks import count_over_ranks, gather_rows
+from tgmm_nn.lightning.ranks import count_over_ranks
 from tgmm_nn.maximization import EVERYTHING
 from tgmm_nn.mixture import GaussianMixture
 from tgmm_nn.schedules import PolynomialDecay
@@ -49,26 +51,26 @@ class EMStep:
         if step_size is not None:
             checks.check_number("step_size", step_size, 0.0, 1.0, strict=True)
         self.step_size, self.decreasing, self.raise_on_nonfinite = step_size, decreasing, raise_on_nonfinite
-        self.assign: Callable[[GaussianMixture, Tensor], Assignment | None] | None = None
+        self.assign: Callable[[Learner, Batch], Assignment | None] | None = None
         self.learned = EVERYTHING
 
-    def expect(self, gmm: GaussianMixture, rows: Tensor, *, again: bool = False) -> Statistics:
+    def expect(self, learner: Learner, batch: Batch, *, again: bool = False) -> Statistics:
         """Return the sums of this rank's rows; ``again`` says that the same rows were counted before."""
-        sums = gmm.statistics(rows, assignment=None if self.assign is None else self.assign(gmm, rows))
+        sums = learner.statistics(batch, None if self.assign is None else self.assign(learner, batch))
         if again:
             return sums._replace(skipped=torch.zeros_like(sums.skipped))
         self.monitor.expect(sums)
         return sums
 
-    def maximize(self, gmm: GaussianMixture, statistics: Statistics) -> Tensor:
+    def maximize(self, learner: Learner, statistics: Statistics) -> Tensor:
         """Add the sums of all ranks, and update; return the mean log-likelihood before the update."""
-        total = statistics.over_ranks()
-        if self.raise_on_nonfinite and (n := int(total.skipped)):
-            raise_nonfinite(n)
+        total, gmm = statistics.over_ranks(), learner.gmm
+        if self.raise_on_nonfinite:
+            raise_nonfinite(int(total.skipped))
         step_size: float | Tensor | None = self.step_size
         if step_size is None and self.decreasing is not None:
             step_size = self.decreasing(gmm.n_updates.to(gmm.running_count.dtype))
-        return gmm.update(total, step_size, learned=self.learned)
+        return learner.update(total, step_size, self.learned)
 
 
 class Mode(ABC):
@@ -76,18 +78,18 @@ class Mode(ABC):
 
     Attributes:
         by_epoch: Whether an update is due once in an epoch, and not at each step, unless told otherwise.
-        has_windows: Whether what was collected is for one update, so that the epoch's last batch has to make it.
+        has_windows: Whether what was collected is for one update, so that the end of an epoch has to make it.
     """
 
     by_epoch = has_windows = True
 
     @abstractmethod
-    def collect(self, gmm: GaussianMixture, rows: Tensor, step: int) -> None:
+    def collect(self, learner: Learner, batch: Batch, step: int) -> None:
         """Take in this rank's rows of a step."""
 
     @abstractmethod
-    def update(self, gmm: GaussianMixture) -> Tensor | None:
-        """Move the mixture; return the rows of this rank that it was moved by, or None where it was not."""
+    def update(self, learner: Learner) -> Batch | None:
+        """Move the mixture; return rows of this rank that components may start anew on, None where nothing was done."""
 
     @abstractmethod
     def forget(self) -> None:
@@ -101,22 +103,22 @@ class Minibatch(Mode):
 
     def __init__(self, em: EMStep) -> None:
         self.em = em
-        self._rows: Tensor | None = None
+        self._batch: Batch | None = None
 
-    def collect(self, gmm: GaussianMixture, rows: Tensor, step: int) -> None:
+    def collect(self, learner: Learner, batch: Batch, step: int) -> None:
         """Take in the rows of the newest step."""
-        self._rows = rows
+        self._batch = batch
 
-    def update(self, gmm: GaussianMixture) -> Tensor | None:
-        """Make one update."""
-        rows, self._rows = self._rows, None
-        if rows is not None:
-            self.em.maximize(gmm, self.em.expect(gmm, rows))
-        return rows
+    def update(self, learner: Learner) -> Batch | None:
+        """Make one update, and return its rows."""
+        batch, self._batch = self._batch, None
+        if batch is not None:
+            self.em.maximize(learner, self.em.expect(learner, batch))
+        return batch
 
     def forget(self) -> None:
         """Drop the rows."""
-        self._rows = None
+        self._batch = None
 
 
 class Accumulate(Mode):
@@ -125,25 +127,25 @@ class Accumulate(Mode):
     def __init__(self, em: EMStep) -> None:
         self.em = em
         self._sums: Statistics | None = None
-        self._rows: Tensor | None = None
+        self._newest: Batch | None = None
 
-    def collect(self, gmm: GaussianMixture, rows: Tensor, step: int) -> None:
+    def collect(self, learner: Learner, batch: Batch, step: int) -> None:
         """Make the E-step of the rows; the mixture stays the same until the update, so that sums add up."""
-        sums = self.em.expect(gmm, rows)
+        sums = self.em.expect(learner, batch)
         self._sums = sums if self._sums is None else self._sums.merge(sums)
-        self._rows = rows
+        self._newest = batch
 
-    def update(self, gmm: GaussianMixture) -> Tensor | None:
-        """Make the M-step."""
-        sums, rows = self._sums, self._rows
+    def update(self, learner: Learner) -> Batch | None:
+        """Make the M-step, and return the rows of the last step: those before are not kept."""
+        sums, newest = self._sums, self._newest
         self.forget()
         if sums is not None:
-            self.em.maximize(gmm, sums)
-        return rows
+            self.em.maximize(learner, sums)
+        return newest
 
     def forget(self) -> None:
         """Drop the sums."""
-        self._sums = self._rows = None
+        self._sums = self._newest = None
 
 
 class Full(Mode):
@@ -156,6 +158,10 @@ class Full(Mode):
         tol: The iterations stop where the mean log-likelihood changes by less, in nats; None makes all of them.
         min_fill: Rows over all ranks that an update takes.
         refit: Whether each update starts the mixture anew on the bank, its components matched to those before.
+
+    Raises:
+        TypeError: If an option has the wrong type.
+        ValueError: If an option is out of range.
     """
 
     def __init__(
@@ -166,66 +172,81 @@ class Full(Mode):
         checks.check_bool("refit", refit)
         if tol is not None:
             checks.check_number("tol", tol, strict=True)
+        if bank.size is not None and min_fill > bank.size:
+            raise ValueError(f"Expected `min_fill` of at most bank_size={bank.size}, but got {min_fill}.")
         self.em, self.bank = em, bank
         self.n_iterations, self.tol, self.min_fill, self.refit = n_iterations, tol, min_fill, refit
         self.has_windows = bank.size is None
 
-    def collect(self, gmm: GaussianMixture, rows: Tensor, step: int) -> None:
+    def collect(self, learner: Learner, batch: Batch, step: int) -> None:
         """Put rows into the bank."""
-        self.bank.add(rows, step, gmm.predict(rows) if self.bank.per_component else None)
+        self.bank.add(batch, step, learner.components(batch) if self.bank.per_component else None)
 
-    def update(self, gmm: GaussianMixture) -> Tensor | None:
-        """Iterate EM on the bank."""
-        rows = self.bank.rows()
-        self._tell_of_nonfinite(gmm)
-        if count_over_ranks(len(rows), rows.device) < self.min_fill:
+    def update(self, learner: Learner) -> Batch | None:
+        """Iterate EM on the bank, and return its rows."""
+        batch = self.bank.batch()
+        if batch is None:
+            return None
+        self._tell_of_nonfinite(learner.gmm, batch)
+        if count_over_ranks(len(batch.rows), batch.rows.device) < self.min_fill:
             return None
         if self.has_windows:
             self.bank.clear()
-        before = copy.deepcopy(gmm) if self.refit else None
-        if before is not None:
-            start_on(gmm, rows, gmm.initialize)
-            gmm.n_updates.copy_(before.n_updates)
-        last: float | None = None
-        for iteration in range(self.n_iterations):
-            value = self.em.maximize(gmm, self.em.expect(gmm, rows, again=iteration > 0))
-            if self.tol is not None:  # the same number on every rank
-                last, change = float(value), None if last is None else abs(float(value) - last)
-                if change is not None and not change >= self.tol:
-                    break
-        if before is not None:
-            gmm.permute_components(matching(before, gmm, rows))
-        return rows
-
-    def _tell_of_nonfinite(self, gmm: GaussianMixture) -> None:
-        """Count, or raise because of, rows that a bank of a size has not taken in on any rank."""
-        if self.bank.size is None:
-            return  # they are in it, and the E-step leaves them out
-        n, self.bank.n_dropped = count_over_ranks(self.bank.n_dropped, gmm.means_.device), 0
-        if n and self.em.raise_on_nonfinite:
-            raise_nonfinite(n)
-        gmm.n_skipped.add_(n)
+        if self.refit:
+            self._refit(learner, batch)
+        else:
+            self._iterate(learner, batch)
+        return batch
 
     def forget(self) -> None:
         """Empty a bank of one epoch; one of a size goes on."""
         if self.has_windows:
             self.bank.clear()
 
+    def _iterate(self, learner: Learner, batch: Batch) -> None:
+        last: float | None = None
+        for iteration in range(self.n_iterations):
+            value = self.em.maximize(learner, self.em.expect(learner, batch, again=iteration > 0))
+            if self.tol is not None:  # the same number on every rank
+                change = None if last is None else abs(float(value) - last)
+                last = float(value)
+                if change is not None and not change >= self.tol:
+                    return
 
-def start_on(gmm: GaussianMixture, rows: Tensor, start: Callable[[Tensor], object]) -> bool:
-    """Start a mixture on the finite rows of all ranks, the same on each; return False where they are too few."""
-    everywhere = torch.cat(gather_rows(rows))
-    everywhere = everywhere[torch.isfinite(everywhere).all(-1)]
-    if len(everywhere) < gmm.n_components:
+    def _refit(self, learner: Learner, batch: Batch) -> None:
+        """Iterate EM from a new start, and give each component the index of the one before that it shares most with."""
+        gmm, before = learner.gmm, copy.deepcopy(learner.gmm)
+        start_on(learner, batch, "initialize")
+        gmm.n_updates.copy_(before.n_updates)
+        self._iterate(learner, batch)
+        gmm.permute_components(matching(before, gmm, batch.rows, learner.classes()))
+
+    def _tell_of_nonfinite(self, gmm: GaussianMixture, batch: Batch) -> None:
+        """Raise because of rows that are not finite on any rank; count those that a bank of a size did not take in."""
+        dropped, self.bank.n_dropped = self.bank.n_dropped, 0
+        if self.em.raise_on_nonfinite:
+            bad = int((~batch.finite()).sum()) + dropped
+            raise_nonfinite(count_over_ranks(bad, batch.rows.device))
+        if self.bank.size is not None:  # those in a bank without a size are counted by the E-step
+            gmm.n_skipped.add_(count_over_ranks(dropped, batch.rows.device))
+
+
+@torch.no_grad()
+def start_on(learner: Learner, batch: Batch, init: str) -> bool:
+    """Start a model on the usable rows of all ranks, the same on each; return False where they are too few."""
+    everywhere = batch.over_ranks()
+    everywhere = everywhere.where(torch.isfinite(everywhere.rows.square().sum(-1)))
+    if not learner.can_start(everywhere):
         return False
-    start(everywhere)
-    broadcast_from_rank_zero(gmm.buffers(recurse=False))
+    learner.start(everywhere, init)
+    broadcast_from_rank_zero(learner.gmm.buffers(recurse=False))
     return True
 
 
 def raise_nonfinite(number: int) -> None:
-    """Raise because of rows that are not finite."""
-    raise ValueError(
-        f"Expected finite rows, with on_nonfinite='raise', but got {number} over all ranks that are not; find the step "
-        "at which the network diverged, or set on_nonfinite=skip."
-    )
+    """Raise if rows of any rank were not finite."""
+    if number:
+        raise ValueError(
+            f"Expected finite rows, with on_nonfinite='raise', but got {number} over all ranks that are not; find the "
+            "step at which the network diverged, or set on_nonfinite=skip."
+        )

@@ -25,6 +25,10 @@ class Monitor:
 
     def __init__(self, min_weight: float | None = None) -> None:
         self.min_weight = min_weight
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what an earlier training logged."""
         self._logged: Tensor | None = None
 
     @torch.no_grad()

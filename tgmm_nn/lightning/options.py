@@ -13,7 +13,7 @@ from tgmm_nn import checks
 from tgmm_nn.maximization import PARTS
 from tgmm_nn.mixture import GaussianMixture
 
-__all__ = ["check_averaging", "check_dependencies", "check_learned"]
+__all__ = ["check_dependencies", "check_learned", "check_neighbours"]
 
 Options = Mapping[str, Any]
 
@@ -31,7 +31,7 @@ DEPENDENCIES: tuple[tuple[str, Callable[[Options], bool], tuple[str, ...]], ...]
         ("n_iterations", "tol", "refit", "bank_size", "min_fill", "refresh"),
     ),
     ("a `bank_size`", lambda o: o["bank_size"] is not None, ("bank_policy", "bank_per_component", "save_bank")),
-    ("bank_size=null", lambda o: o["bank_size"] is None, ("refresh",)),
+    ("a bank without a size", lambda o: o["bank_size"] is None, ("refresh",)),
     (
         "assignment='sinkhorn'",
         lambda o: o["assignment"] == "sinkhorn",
@@ -55,12 +55,13 @@ def check_dependencies(constructor: Callable[..., Any], options: Options) -> Non
         for name in names:
             value, default = options[name], parameters[name].default
             if value != default and not predicate(options):
-                plain = "null" if default is None else default
-                raise ValueError(f"Expected `{name}` only with {condition}, but got {value}; set {name}={plain}.")
+                raise ValueError(
+                    f"Expected `{name}` only with {condition}, but got {value!r}; leave it at {default!r}."
+                )
 
 
-def check_learned(update: Any, frozen_components: Any, min_weight: float | None) -> None:
-    """Raise unless ``update`` and ``frozen_components`` say what is learned, and that is all that re-seeding takes."""
+def check_learned(update: Any, frozen_components: Any, min_weight: float | None, refit: bool) -> None:
+    """Raise unless ``update`` and ``frozen_components`` say what is learned, and leave what other options need."""
     if isinstance(update, str) or not isinstance(update, Collection):
         raise TypeError(f"Expected `update` to be a list of names among {', '.join(PARTS)}, but got {update!r}.")
     for part in update:
@@ -71,6 +72,11 @@ def check_learned(update: Any, frozen_components: Any, min_weight: float | None)
         raise TypeError(f"Expected `frozen_components` to be a list of integers, but got {frozen_components!r}.")
     for component in frozen_components:
         checks.check_integer("frozen_components", component, minimum=0)
+    if refit and (set(update) != set(PARTS) or frozen_components):
+        raise ValueError(
+            "Expected `refit` only where everything is learned, since it starts anew, but got it with "
+            f"update={list(update)} and frozen_components={list(frozen_components)}; set refit=false."
+        )
     if min_weight is not None and set(update) != set(PARTS):
         raise ValueError(
             f"Expected `min_weight` only where weights, means and covariances are learned, but got {min_weight} with "
@@ -78,12 +84,18 @@ def check_learned(update: Any, frozen_components: Any, min_weight: float | None)
         )
 
 
-def check_averaging(trainer: lightning.Trainer, callback: lightning.Callback) -> None:
-    """Raise if a callback averages weights in a way that breaks a mixture."""
+def check_neighbours(trainer: lightning.Trainer, callback: Any) -> None:
+    """Raise if another callback averages weights in a way that breaks a mixture, or logs the same names."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     for number, other in enumerate(callbacks):
+        if other is not callback and type(other) is type(callback) and other.prefix == callback.prefix:
+            raise ValueError(
+                f"Expected a `prefix` of its own for each EMCallback, but two log under {callback.prefix!r}, where "
+                "Lightning would average them."
+            )
         if not isinstance(other, WeightAveraging):
             continue
+        # Lightning offers no public name for this option.
         if getattr(other, "_use_buffers", True):
             raise ValueError(
                 f"Expected {type(other).__name__} with use_buffers=False beside EMCallback: it averages weights, "

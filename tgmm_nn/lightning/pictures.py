@@ -77,11 +77,11 @@ class LatentPlotCallback(lightning.Callback):
         """Keep the batch's rows, and draw at the epoch's last batch."""
         if not (self._is_due(trainer) and trainer.is_global_zero):
             return
-        self.source.receive(outputs)
-        rows = self.source.take()
+        self.source.receive(outputs, batch)
+        seen = self.source.take()
         missing = self.max_rows - sum(map(len, self._rows))
-        if rows is not None and missing > 0:
-            self._rows.append(rows[:missing].float().cpu())
+        if seen is not None and missing > 0:
+            self._rows.append(seen.rows[:missing].float().cpu())
         if trainer.is_last_batch and self._rows:
             self._draw(trainer, pl_module)
 

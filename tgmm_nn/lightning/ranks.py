@@ -19,10 +19,8 @@ def this_rank() -> tuple[int, int]:
 
 def gather_rows(rows: Tensor) -> list[Tensor]:
     """Return the rows ``(n, d)`` of every rank, in the order of the ranks; every rank has to call this."""
-    if not is_distributed():
-        return [rows]
     wide = rows if rows.dtype in (torch.float64, torch.int64) else rows.float()  # not every backend sends halves
-    return list(gather_all_tensors(wide.contiguous()))
+    return list(gather_all_tensors(wide.contiguous())) if is_distributed() else [wide]
 
 
 def count_over_ranks(number: int, device: torch.device) -> int:

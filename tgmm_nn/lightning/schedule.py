@@ -41,7 +41,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         start, stop = self.start_epoch, self.stop_epoch
-        if isinstance(start, float):
+        if isinstance(start, float):  # NumPy's integers are none
             checks.check_share("start_epoch", start)
         else:
             checks.check_integer("start_epoch", start, minimum=0)
@@ -53,14 +53,16 @@ class Schedule:
 
     def first_epoch(self, max_epochs: int | None) -> int:
         """Return the first epoch of EM; warn if training ends before it, and raise if a share has no end to go by."""
-        if isinstance(self.start_epoch, int):
-            first = self.start_epoch
+        if not isinstance(self.start_epoch, float):
+            first = int(self.start_epoch)
         elif max_epochs is None or max_epochs < 1:
             raise ValueError(
                 f"Expected `start_epoch` as an epoch where `max_epochs` is not set, but got {self.start_epoch}."
             )
         else:
             first = math.ceil(round(self.start_epoch * max_epochs, 9)) - 1
+        if self.stop_epoch is not None and self.stop_epoch <= first:
+            raise ValueError(f"Expected `stop_epoch` above the first epoch of EM, {first}, but got {self.stop_epoch}.")
         if max_epochs is not None and 0 <= max_epochs <= first:
             rank_zero_warn(f"EM does not run: start_epoch={first} is not reached with max_epochs={max_epochs}.")
         return first

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tgmm_nn import checks
+from tgmm_nn.lightning.batch import Batch
 from tgmm_nn.mixture import GaussianMixture
 from tgmm_nn.statistics import wider_dtype
 
@@ -39,8 +40,8 @@ def find_mixture(root: nn.Module, name: str) -> GaussianMixture:
     return gmm
 
 
-def attach_mixture(root: nn.Module, name: str, gmm: GaussianMixture) -> None:
-    """Make a mixture a submodule, unless it is that already; raise where another attribute has the name."""
+def attach_mixture(root: nn.Module, name: str, gmm: nn.Module) -> None:
+    """Make a mixture or a classifier a submodule, unless it is that already; raise where the name is taken."""
     if getattr(root, name, None) is gmm:
         return
     if hasattr(root, name):
@@ -85,6 +86,7 @@ class Embeddings:
         normalize: Whether to scale each row to unit length.
         max_rows_per_step: Most rows of a step; of more, as many are drawn, by the number of the step.
         stage: Whose batches are read: ``"train"``, ``"validate"`` or ``"test"``. The sanity check is none of them.
+        targets: Where labels are, one for each row: key, or place, in the batch, or ``"outputs:<key>"``; None for none.
 
     Raises:
         TypeError: If an option has the wrong type.
@@ -99,6 +101,7 @@ class Embeddings:
         normalize: bool = False,
         max_rows_per_step: int | None = None,
         stage: str = "train",
+        targets: str | int | None = None,
     ) -> None:
         checks.check_string("embeddings", source)
         if output_key is not None and not isinstance(output_key, str):
@@ -109,13 +112,20 @@ class Embeddings:
         checks.check_integer("max_rows_per_step", max_rows_per_step, optional=True)
         checks.check_choice("stage", stage, STEPS)
         self.source, self.output_key, self.channel_dim = source, output_key, channel_dim
+        if isinstance(targets, str) or targets is None:
+            if targets in ("", OUTPUTS):
+                raise ValueError(f"Expected `targets` to be a key, a place or 'outputs:<key>', but got {targets!r}.")
+        else:
+            checks.check_integer("targets", targets, minimum=0)
         self.normalize, self.max_rows_per_step, self.stage = normalize, max_rows_per_step, stage
+        self.targets = targets
         if self.returned_key is not None and output_key is not None:
             raise ValueError(
                 f"Expected `output_key` only where `embeddings` names a submodule, but got {output_key!r} with "
                 f"{source!r}; let {STEPS[stage]} return the tensor itself."
             )
         self._parts: list[Tensor] = []
+        self._labels: list[Tensor] = []
         self._handle: RemovableHandle | None = None
 
     @property
@@ -145,30 +155,52 @@ class Embeddings:
         """Stop listening and forget what was stored."""
         if self._handle is not None:
             self._handle.remove()
-        self._handle, self._parts = None, []
+        self._handle, self._parts, self._labels = None, [], []
 
-    def receive(self, outputs: Any, step: str | None = None) -> None:
-        """Take the rows from what the step returned, where they come from there; ``step`` is another step's name."""
+    def receive(self, outputs: Any, batch: Any, step: str | None = None) -> None:
+        """Take what comes from the batch, or from what the step returned; ``step`` is another step's name."""
+        name = step or STEPS[self.stage]
         if self.returned_key is not None:
-            self._store(returned_item(outputs, self.source, step or STEPS[self.stage], "embeddings"))
+            self._store(returned_item(outputs, self.source, name, "embeddings"))
+        if self.targets is not None:
+            self._label(outputs, batch, name)
 
-    def take(self, step: int = 0) -> Tensor | None:
-        """Return the rows since the last call as ``(n, d)`` and forget them; None where there were none.
+    def take(self, step: int = 0) -> Batch | None:
+        """Return the rows since the last call, with their labels, and forget them; None where there were none.
 
         Args:
             step: Number of the step: seeds the draw of ``max_rows_per_step`` rows, so that it does not depend on what
                 came before and no global generator is touched.
         """
-        parts, self._parts = self._parts, []
+        parts, labels, self._parts, self._labels = self._parts, self._labels, [], []
         if not parts:
             return None
-        rows, most = torch.cat(parts), self.max_rows_per_step
-        if most is not None and len(rows) > most:
-            chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(step), device="cpu")[:most]
-            rows = rows[chosen.sort().values.to(rows.device)]
+        batch, most = Batch.of(torch.cat(parts), torch.cat(labels) if labels else None), self.max_rows_per_step
+        if most is not None and len(batch.rows) > most:
+            generator = torch.Generator().manual_seed(step)
+            chosen = torch.randperm(len(batch.rows), generator=generator, device="cpu")[:most]
+            batch = batch.where(chosen.sort().values.to(batch.rows.device))
+        if not self.normalize:
+            return batch
         # Lengths of rows in half precision are too coarse to divide by.
-        wide = rows.to(wider_dtype(rows.dtype, torch.float32))
-        return nn.functional.normalize(wide, dim=-1) if self.normalize else rows
+        wide = batch.rows.to(wider_dtype(batch.rows.dtype, torch.float32))
+        return batch._replace(rows=nn.functional.normalize(wide, dim=-1))
+
+    def _label(self, outputs: Any, batch: Any, step: str) -> None:
+        """Store the labels of the rows that came since the last batch, or raise unless there is one for each."""
+        if isinstance(self.targets, str) and self.targets.startswith(OUTPUTS):
+            labels = returned_item(outputs, self.targets, step, "targets")
+        else:
+            labels = item(batch, self.targets, "the batch", "targets")  # type: ignore[arg-type]  # not None here
+        labels = torch.as_tensor(labels)
+        new = self._parts[len(self._labels) :]
+        for part in new:  # a submodule that is called twice, for two views, has two parts with the same labels
+            if labels.numel() != len(part):
+                raise ValueError(
+                    f"Expected targets={self.targets!r} to give one label for each of the {len(part)} rows of "
+                    f"embeddings={self.source!r}, but got shape {tuple(labels.shape)}."
+                )
+            self._labels.append(labels.detach().reshape(-1).to(part.device))
 
     def _store(self, output: Any) -> None:
         key, owner = self.output_key, f"the output of {self.source!r}"
