@@ -2,6 +2,7 @@
 
 from tgmm_nn.mixture import GaussianMixture
 from tgmm_nn.statistics import Statistics
+from tgmm_nn.trainable import TrainableGaussianMixture
 
-__all__ = ["GaussianMixture", "Statistics"]
+__all__ = ["GaussianMixture", "Statistics", "TrainableGaussianMixture"]
 __version__ = "0.1.0"
