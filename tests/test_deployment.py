@@ -1,10 +1,15 @@
 """A network with a density head leaves Python, is compiled, runs in half precision and is differentiated once more."""
 
+import importlib.util
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 from oracles import assert_compiled_steps_are_eager_ones, assert_near, random_layer
 from torch import nn
 
+EXAMPLE = Path(__file__).parents[1] / "examples" / "density_head_onnx.py"
 BATCHES = (1, 2, 7, 100, 5000)
 BATCH = ({0: torch.export.Dim("batch")},)
 
@@ -94,6 +99,17 @@ def test_onnxruntime_gives_what_torch_gives_at_the_edges(trainable, generator):
     x = torch.tensor([[0.0, 0.0], [torch.inf, 0.0], [torch.nan, 0.0], [1e30, 0.0], [1e3, 0.0]])
     assert gmm(x).isinf().tolist() == [False, True, False, True, False]
     torch.testing.assert_close(run(x)[0], gmm(x), rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def test_the_example_says_where_there_is_no_onnxruntime(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *rest: None if name[:4] == "onnx" else find(name, *rest)
+    )
+    runpy.run_path(str(EXAMPLE))
+    assert capsys.readouterr().out.endswith("not exported: pip install onnx onnxscript onnxruntime\n")
+    assert not list(tmp_path.iterdir())
 
 
 # --------------------------------------------------------------------------------------------------------- compile

@@ -34,8 +34,8 @@ class TrainableGaussianMixture(MixtureDensity):
     valid mixture, so that no step of an optimizer can leave the family. Start by EM, go on by gradient together with
     the network before it, and return: conversion is exact up to rounding, both ways.
 
-    A component of weight 0 keeps weight 0, exactly, until EM or weight decay revives it: it has no gradient. Numbers in
-    half precision are computed with in float32.
+    A component of weight 0 keeps it, exactly: it has no gradient, and only a prior in EM, or long weight decay, revives
+    it. Numbers in half precision are computed with in float32.
 
     Args:
         mixture: The `GaussianMixture` to start from. Its options, priors among them, are kept for `to_mixture`.
