@@ -31,6 +31,7 @@ ORDER = (
     "state",
     "steps",
     "learning",
+    "trainable",
     "mixture",
     "classifier",
     "outliers",

@@ -187,6 +187,32 @@ def test_a_factor_is_triangular_with_a_positive_diagonal(covariance, factor):
         assert not covariance.is_factor(factor.mT).any()
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])
+def test_constrained_undoes_unconstrained(covariance, factor, dtype, tolerance):
+    factor = factor.to(dtype)
+    free = covariance.unconstrained(factor)
+    assert free.shape == factor.shape
+    assert_near(covariance.constrained(free), factor, tolerance)
+    assert_near(covariance.unconstrained(covariance.constrained(free)), free, tolerance)
+
+
+def test_any_numbers_are_a_factor_and_as_many_of_them_matter_as_a_covariance_has(covariance, generator):
+    free = torch.randn(3, *covariance.shape(D), generator=generator, dtype=torch.float64).requires_grad_()
+    factor = covariance.constrained(10 * free)
+    assert covariance.is_factor(factor).all()
+    (gradient,) = torch.autograd.grad(covariance.square(factor).square().sum(), free)
+    assert gradient.count_nonzero() == 3 * covariance.n_parameters(D)
+
+
+def test_normals_have_the_means_and_covariances_that_they_are_made_from(covariance, elements, factor, x):
+    normals = covariance.normals(x[:K], factor)
+    oracle = torch.distributions.MultivariateNormal(x[:K], dense(elements, D).expand(K, -1, -1))
+    assert (normals.batch_shape, normals.event_shape) == ((K,), (D,))
+    assert torch.equal(normals.mean, x[:K])
+    assert_near(normals.variance, oracle.variance)
+    assert_near(normals.log_prob(x[:, None]), oracle.log_prob(x[:, None]))
+
+
 def test_variances_are_the_diagonal(covariance, elements):
     assert_near(covariance.variances(elements).expand(-1, D), dense(elements, D).diagonal(dim1=-2, dim2=-1))
 

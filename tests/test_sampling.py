@@ -233,7 +233,7 @@ def test_without_random_state_the_seed_of_torch_decides(generator):
         ({"std_range": (float("nan"), 1.0)}, ValueError, r"`std_range` as \(low, high\) with 0 <= low < high"),
         ({"std_range": 2.0}, TypeError, "`std_range` to be a pair of numbers, but got 2.0"),
         ({"std_range": (1.0, None)}, TypeError, r"`std_range` to be a pair of numbers, but got \(1.0, None\)"),
-        ({"generator": 0}, TypeError, "`generator` to be a torch.Generator, but got int"),
+        ({"generator": 0}, TypeError, "`generator` to be a torch.Generator or None, but got int"),
     ],
 )
 def test_bad_arguments_raise(options, error, message):

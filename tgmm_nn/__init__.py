@@ -2,7 +2,9 @@
 
 from tgmm_nn.classifier import MixtureClassifier
 from tgmm_nn.mixture import GaussianMixture
+from tgmm_nn.outliers import OutlierScore
 from tgmm_nn.statistics import Statistics
+from tgmm_nn.trainable import TrainableGaussianMixture
 
-__all__ = ["GaussianMixture", "MixtureClassifier", "Statistics"]
+__all__ = ["GaussianMixture", "MixtureClassifier", "OutlierScore", "Statistics", "TrainableGaussianMixture"]
 __version__ = "0.1.0"

@@ -18,6 +18,7 @@ __all__ = [
     "check_choice",
     "check_device",
     "check_dtype",
+    "check_generator",
     "check_integer",
     "check_log_prior",
     "check_number",
@@ -125,6 +126,12 @@ def check_device(name: str, value: Any) -> torch.device | None:
         raise ValueError(
             f"Expected `{name}` to be a device such as 'cpu' or 'cuda:0', or None, but got {value!r}."
         ) from error
+
+
+def check_generator(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a source of randomness or None."""
+    if value is not None and not isinstance(value, torch.Generator):
+        raise TypeError(f"Expected `{name}` to be a torch.Generator or None, but got {type(value).__name__}.")
 
 
 def check_symmetric(name: str, value: Tensor, *, matrix: bool) -> None:

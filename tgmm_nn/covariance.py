@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
 from tgmm_nn import checks
 
@@ -49,7 +50,9 @@ class Covariance(ABC):
     - ``whiten`` gives rows whose squared length is the Mahalanobis distance, and ``log_det`` the matching normaliser;
     - ``congruence(root(P), whitened_second(whiten(x), r)) == Σ r outer(x - μ, x - μ)``;
     - ``inner(A, B, d)`` is :math:`\mathrm{tr}(A B)`, ``block(c, dims)`` the covariance of the features ``dims``, and
-      ``condition`` that of the others given them.
+      ``condition`` that of the others given them;
+    - ``constrained`` makes a factor of any real numbers, and ``constrained(unconstrained(P)) == P`` for every factor;
+    - ``normals(μ, P)`` has the mean μ and the covariance ``square(root(P))``.
 
     Args:
         tied: Whether all components share one covariance.
@@ -148,6 +151,18 @@ class Covariance(ABC):
     @abstractmethod
     def unpack(self, features: Tensor, n_features: int) -> Tensor:
         """Return elements from (sums of) features, shape ``(..., F)``."""
+
+    @abstractmethod
+    def unconstrained(self, factor: Tensor) -> Tensor:
+        """Return a factor as numbers that gradients may move freely, in the same shape: its diagonal as logarithms."""
+
+    @abstractmethod
+    def constrained(self, free: Tensor) -> Tensor:
+        """Return the factor of free numbers; inverse of `unconstrained`."""
+
+    @abstractmethod
+    def normals(self, means: Tensor, factor: Tensor) -> Distribution:
+        """Return the components as one batch of distributions, for means ``(K, d)``; differentiable."""
 
     def mean_diagonal(self, element: Tensor) -> Tensor:
         """Return the mean of each element's diagonal: the mean variance per feature."""
@@ -296,6 +311,15 @@ class Full(Covariance):
         matrix[..., j, i] = features
         return matrix
 
+    def unconstrained(self, factor: Tensor) -> Tensor:
+        return factor.triu(1) + torch.diag_embed(self.variances(factor).log())
+
+    def constrained(self, free: Tensor) -> Tensor:
+        return free.triu(1) + torch.diag_embed(self.variances(free).exp())
+
+    def normals(self, means: Tensor, factor: Tensor) -> Distribution:
+        return MultivariateNormal(means, scale_tril=self.root(factor))
+
     @staticmethod
     def _pairs(x: Tensor) -> tuple[Tensor, Tensor]:
         i, j = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device).unbind()
@@ -325,6 +349,15 @@ class Uncorrelated(Covariance):
 
     def condition(self, covariance: Tensor, given: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
         return covariance.new_zeros(len(covariance), len(rest), len(given)), self.block(covariance, rest)
+
+    def unconstrained(self, factor: Tensor) -> Tensor:
+        return factor.log()
+
+    def constrained(self, free: Tensor) -> Tensor:
+        return free.exp()
+
+    def normals(self, means: Tensor, factor: Tensor) -> Distribution:
+        return Independent(Normal(means, self.variances(self.root(factor))), 1)
 
 
 class Diagonal(Uncorrelated):

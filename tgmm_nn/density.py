@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Categorical, MixtureSameFamily
 
 from tgmm_nn import checks, functional
 from tgmm_nn.covariance import Covariance
@@ -103,6 +104,23 @@ class MixtureDensity(nn.Module):
     def predict(self, x: Any) -> Tensor:
         """Return the most probable component of each row, shape ``(...)``, int64; 0 where a row is not finite."""
         return self._map_rows(lambda *args: functional.log_joint(*args).argmax(-1), x)
+
+    def to_distribution(self) -> MixtureSameFamily:
+        """Return the same mixture as `torch.distributions` has it, in the mixture's dtype; differentiable.
+
+        It does not follow later updates. Its components are a batch of ``MultivariateNormal``, or where features are
+        uncorrelated, of ``Independent`` normals.
+
+        Example:
+            >>> from tgmm_nn import GaussianMixture
+            >>> GaussianMixture(2, 1).to_distribution().log_prob(torch.zeros(3, 1))
+            tensor([-0.9189, -0.9189, -0.9189])
+        """
+        weights, means, factor = self.mixture()
+        with full_precision(means.device):
+            normals = self.covariance.normals(means.clone(), factor)
+            # Logarithms, since a weight of 0 that is given as a probability becomes the dtype's epsilon.
+            return MixtureSameFamily(Categorical(logits=functional.log_weights(weights)), normals)
 
     @torch.no_grad()
     def score(self, x: Any, *, sample_weight: Any = None) -> float:

@@ -34,6 +34,7 @@ __all__ = [
     "log_density",
     "log_density_and_entropy",
     "log_joint",
+    "log_weights",
     "map_rows",
     "maximize",
     "mixture_mean",
@@ -51,6 +52,12 @@ LOG_2PI = math.log(2.0 * math.pi)
 def mixture_mean(parameters: Parameters) -> Tensor:
     """Return the mean of the mixture, shape ``(d,)``: about it float32 products are safe far from zero."""
     return parameters.weights @ parameters.means
+
+
+def log_weights(weights: Tensor) -> Tensor:
+    """Return the logarithms of weights; that of 0 is −∞ and has no gradient, where its own would turn into nan."""
+    positive = weights > 0
+    return torch.where(positive, torch.where(positive, weights, 1.0).log(), -torch.inf)
 
 
 def log_joint(x: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
@@ -303,9 +310,9 @@ def _centre(x: Tensor, parameters: Parameters) -> tuple[Tensor, Parameters, Tens
 
 
 def _log_joint_of_whitened(y: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
-    constant = (
-        parameters.weights.log() + covariance.log_det(parameters.factor, y.shape[-1]) - 0.5 * y.shape[-1] * LOG_2PI
-    )
+    n_features = y.shape[-1]
+    normaliser = covariance.log_det(parameters.factor, n_features) - 0.5 * n_features * LOG_2PI
+    constant = log_weights(parameters.weights) + normaliser
     return constant.unsqueeze(-1) - 0.5 * y.square().sum(-1)
 
 

@@ -19,6 +19,7 @@ from tgmm_nn.initialization import Start
 from tgmm_nn.learning import MixtureEM
 from tgmm_nn.priors import Priors
 from tgmm_nn.state import CovarianceType
+from tgmm_nn.trainable import TrainableGaussianMixture
 
 __all__ = ["GaussianMixture"]
 
@@ -258,12 +259,8 @@ class GaussianMixture(MixtureEM):
         if component is not None:
             checks.check_integer("component", component, minimum=0, maximum=self.n_components - 1)
         bounds = sampling.check_shell(confidence, std_range, self.n_features)
-        if generator is None:
-            source = sampling.stream(self.random_state, self._n_draws, self.mixture())
-        elif not isinstance(generator, torch.Generator):
-            raise TypeError(f"Expected `generator` to be a torch.Generator, but got {type(generator).__name__}.")
-        else:
-            source = generator
+        checks.check_generator("generator", generator)
+        source = sampling.stream(self.random_state, self._n_draws, self.mixture()) if generator is None else generator
         with full_precision(self.means_.device):
             rows, ids = sampling.draw(int(n), self._wide(), self.covariance, component, bounds, source)
         self._n_draws += generator is None  # only now: a shell that can't be drawn from changes nothing
@@ -315,6 +312,16 @@ class GaussianMixture(MixtureEM):
         values = checks.check_array("values", values, self.running_second, *shapes).reshape(-1)
         given, rest = given.to(values.device), rest.to(values.device)
         return self._sibling(*marginals.conditional(self._wide(), self.covariance, given, values, rest))
+
+    def to_parameters(self) -> TrainableGaussianMixture:
+        """Return the same mixture as parameters that learn by gradient; this one stays as it is.
+
+        Example:
+            >>> gmm = GaussianMixture(2, 3)
+            >>> [tuple(parameter.shape) for parameter in gmm.to_parameters().parameters()]
+            [(2,), (2, 3), (2, 3, 3)]
+        """
+        return TrainableGaussianMixture(self)
 
     @classmethod
     def from_sklearn(

@@ -140,7 +140,7 @@ class Priors(NamedTuple):
         value = means.new_zeros(())
         if self.concentration is not None:
             alpha = self.concentration
-            log_weights = torch.where(weights > 0, weights.log(), 0.0)
+            log_weights = torch.where(weights > 0, weights, 1.0).log()
             value = value + ((alpha - 1.0) * log_weights - torch.lgamma(alpha)).sum() + torch.lgamma(alpha.sum())
         if self.mean is not None and self.mean_precision is not None:
             away = means - self.mean

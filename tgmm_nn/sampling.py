@@ -114,7 +114,7 @@ def draw(
     bounds: Shell | None,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Draw rows and say from which component each is.
+    """Draw rows and say from which component each is; differentiable in means and factor.
 
     Args:
         n: Number of rows.
