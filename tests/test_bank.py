@@ -117,3 +117,41 @@ def test_bad_options_name_themselves(options, error, match):
 def test_a_bank_with_less_than_a_row_for_each_component_raises():
     with pytest.raises(ValueError, match="`bank_size` of at least 4, one row for each component, but got 3"):
         Bank(3, per_component=True).begin(4, 0)
+
+
+def on_rank(monkeypatch, rank, n_ranks):
+    monkeypatch.setattr("tgmm_nn.lightning.bank.this_rank", lambda: (rank, n_ranks))
+
+
+def test_ranks_draw_each_their_own_numbers_for_a_reservoir(monkeypatch):
+    keys = []
+    for rank in (0, 1):
+        on_rank(monkeypatch, rank, 2)
+        bank = Bank(100, "reservoir")
+        filled_parts = stream([5])
+        bank.begin(1, 0)
+        bank.add(Batch.of(filled_parts[0]), 1)
+        keys.append(bank._parts[0].keys)
+    assert not torch.equal(*keys)
+
+
+def test_a_saved_bank_is_dealt_out_to_any_number_of_ranks(monkeypatch):
+    bank = Bank(9)
+    filled(bank, stream([5, 5]))
+    saved, found = bank.state_dict(), []
+    for rank in range(3):
+        on_rank(monkeypatch, rank, 3)
+        other = Bank(9)
+        other.begin(1, 0)
+        other.load_state_dict(saved, torch.device("cpu"))
+        found += other._parts[0].rows.flatten().tolist()
+    assert sorted(found) == list(range(1, 10))
+
+
+def test_a_bank_of_components_may_go_on_as_one(monkeypatch):
+    bank = Bank(12, per_component=True)
+    filled(bank, stream([10, 10]), labels=lambda rows: (rows[:, 0] % 2).long(), n_components=2)
+    other = Bank(5)
+    other.begin(1, 0)
+    other.load_state_dict(bank.state_dict(), torch.device("cpu"))
+    assert other.batch().rows.flatten().tolist() == [15.0, 16.0, 17.0, 18.0, 19.0]

@@ -4,12 +4,16 @@ import copy
 import re
 from pathlib import Path
 
+import lightning
+import lightning.pytorch.demos.boring_classes
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_callback import assert_same_state, started
 from toy import QUIET, Toy, loader, rows, state, trainer
 
+from tgmm_nn import GaussianMixture
 from tgmm_nn.assignment import HARD, Assignment
 from tgmm_nn.lightning import EMCallback
 from tgmm_nn.lightning.assigning import Assigning
@@ -230,6 +234,142 @@ def test_a_refresh_that_reaches_no_embeddings_says_what_to_do():
     model.training_step = lambda batch, batch_idx: model.encoder(batch["a"][0]).sum()
     with pytest.raises(TypeError, match="Expected one training loader with refresh=True, but got dict"):
         trainer(EMCallback(mode="full", refresh=True)).fit(model, {"a": loader(), "b": loader()})
+
+
+def test_a_refresh_takes_as_many_batches_as_training_does():
+    model = started()
+    model.predict_step = lambda batch, batch_idx: model.encoder(batch[0])
+    trainer(EMCallback(mode="full", refresh=True), limit_train_batches=3, max_epochs=1).fit(model, loader())
+    assert float(model.gmm.running_count.sum()) == pytest.approx(30)
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+def test_a_refresh_converts_batches_as_training_does(precision):
+    model = started()
+    model.training_step = lambda batch, batch_idx: model.encoder(batch[0]).float().square().mean()
+    model.predict_step = lambda batch, batch_idx: model.encoder(batch[0])
+    trainer(EMCallback(mode="full", refresh=True), precision=precision, max_epochs=1).fit(model, loader())
+    assert float(model.gmm.running_count.sum()) == pytest.approx(44)
+
+
+def test_a_refresh_without_a_predict_step_is_refused_before_training():
+    model = lightning.pytorch.demos.boring_classes.BoringModel()
+    with pytest.raises(TypeError, match="Expected BoringModel to have a `predict_step` that encodes a training batch"):
+        trainer(EMCallback(GaussianMixture(3, 2), "layer", mode="full", refresh=True)).fit(model)
+
+
+# ------------------------------------------------------------------------------------- what must not be left or leak
+
+
+def step_beside(model):
+    """A training step whose loss is not of the rows: their gradient would be nan where they are not finite."""
+
+    def training_step(batch, batch_idx):
+        model.encoder(batch[0])
+        return sum(p.square().sum() for p in model.encoder.parameters())
+
+    return training_step
+
+
+def test_rows_that_are_left_out_are_counted_once_however_many_iterations_look_at_them():
+    x = rows()
+    x[:4] = torch.nan
+    model = started()
+    model.training_step = step_beside(model)
+    trainer(EMCallback(mode="full", n_iterations=5), max_epochs=1).fit(model, loader(x))
+    assert int(model.gmm.n_skipped) == 4
+    model = started()
+    model.training_step = step_beside(model)
+    trainer(EMCallback(mode="full", n_iterations=5, bank_size=40), max_epochs=1).fit(model, loader(x))
+    assert int(model.gmm.n_skipped) == 4
+
+
+@pytest.mark.parametrize(
+    "options", [{"mode": "full", "refit": True}, {"mode": "full"}, {"mode": "accumulate"}, {}], ids=str
+)
+def test_a_row_that_is_not_finite_raises_before_anything_is_changed(options):
+    x = rows()
+    x[3] = torch.nan
+    for model in (started(), Toy()):
+        before = state(model.gmm)
+        model.training_step = lambda batch, batch_idx, m=model: (
+            0 * m.encoder(batch[0]).nan_to_num().sum() + seen_loss(m)
+        )
+        with pytest.raises(ValueError, match="Expected finite rows, with on_nonfinite='raise', but got 1 over all"):
+            trainer(EMCallback(on_nonfinite="raise", **options)).fit(model, loader(x))
+        assert_same_state(before, state(model.gmm))
+
+
+@pytest.mark.parametrize("mode", ["minibatch", "accumulate", "full"])
+def test_nothing_of_an_epoch_that_was_cut_short_is_used_later(mode):
+    """An exception in mid-epoch; then the same callback and module train again."""
+    model, callback = started(), EMCallback(mode=mode, **({"step_size": 0.2} if mode == "minibatch" else {}))
+    step = model.training_step
+
+    def fail_at_the_third(batch, batch_idx):
+        if batch_idx == 2:
+            raise RuntimeError("stop")
+        return step(batch, batch_idx)
+
+    model.training_step = fail_at_the_third
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer(callback).fit(model, loader())
+    model.training_step, model.seen = step, []
+    by_hand = copy.deepcopy(model.gmm)
+    trainer(callback, max_epochs=1).fit(model, loader())
+    for z in model.seen if mode == "minibatch" else [torch.cat(model.seen)]:
+        by_hand.em_step(z, **({"step_size": 0.2} if mode == "minibatch" else {}))
+    assert_near_state(model.gmm, by_hand)
+
+
+def test_a_callback_that_trains_twice_takes_nothing_from_the_first_time():
+    callback = EMCallback(mode="full", bank_size=20, min_weight=0.3, patience=1000)
+    trainer(callback, max_epochs=4).fit(started(), loader())
+    model = started()
+    trainer(callback, max_epochs=1).fit(model, loader())
+    torch.testing.assert_close(callback.bank.batch().rows, torch.cat(model.seen)[-20:])
+    assert max(callback.health.state_dict()) <= 1
+
+
+def test_a_window_that_training_leaves_open_is_used_at_its_end():
+    class Stop(lightning.Callback):
+        def on_train_batch_end(self, run, *args):
+            run.should_stop = run.global_step == 3
+
+    model = started()
+    by_hand = copy.deepcopy(model.gmm)
+    trainer(EMCallback(mode="accumulate"), Stop(), max_epochs=1, min_epochs=0).fit(model, loader())
+    assert len(model.seen) == 3
+    by_hand.em_step(torch.cat(model.seen))
+    assert_near_state(model.gmm, by_hand)
+
+
+def test_two_callbacks_with_one_prefix_are_refused():
+    model = started()
+    model.other = GaussianMixture(3, 2)
+    with pytest.raises(ValueError, match="Expected a `prefix` of its own for each EMCallback, but two log under 'em'"):
+        trainer(EMCallback(), EMCallback("other")).fit(model, loader())
+
+
+def test_rows_that_overflow_neither_stop_a_start_nor_a_refit():
+    x = rows()
+    x[5] = 1e25
+    model = Toy()
+    model.training_step = step_beside(model)
+    trainer(EMCallback(mode="full", refit=True)).fit(model, loader(x))
+    assert model.gmm.fitted_
+    assert all(bool(torch.isfinite(value).all()) for value in model.gmm.mixture())
+
+
+def test_rows_of_a_step_are_drawn_anew_in_each():
+    model = started()
+    places = []
+    model.gmm.statistics = lambda z, *options: (
+        places.append(tuple(int((model.seen[-1] == row).all(-1).nonzero()) for row in z))
+        or GaussianMixture.statistics(model.gmm, z, *options)
+    )
+    trainer(EMCallback(max_rows_per_step=3)).fit(model, loader())
+    assert len(set(places)) > 3
 
 
 # ------------------------------------------------------------------------------------------------- assignments
@@ -456,6 +596,10 @@ def test_a_bad_option_raises_at_construction_and_names_itself(options, error, ma
 
 
 def test_options_that_do_not_fit_the_mixture_raise_at_the_start():
+    with pytest.raises(ValueError, match="`frozen_components` to leave one of 3 free"):
+        trainer(EMCallback(frozen_components=[0, 1, 2])).fit(started(), loader())
+    with pytest.raises(ValueError, match="`stop_epoch` above the first epoch of EM, 4, but got 2"):
+        trainer(EMCallback(start_epoch=0.5, stop_epoch=2), max_epochs=10).fit(started(), loader())
     with pytest.raises(ValueError, match="`frozen_components` to be at most 2, but got 3"):
         trainer(EMCallback(frozen_components=[3])).fit(started(), loader())
     with pytest.raises(ValueError, match=r"`min_weight` below 1/K = 0.3333, but got 0.4"):
@@ -465,6 +609,7 @@ def test_options_that_do_not_fit_the_mixture_raise_at_the_start():
 
 
 def test_a_schedule_catches_up_where_several_optimizers_step_at_once():
+    assert Schedule(start_epoch=np.int64(3)).first_epoch(10) == 3
     schedule = Schedule(every_n_steps=3)
     assert [schedule.is_due(step, step - 2, default=False) for step in (2, 4, 6, 8, 10)] == [
         False, True, True, False, True,

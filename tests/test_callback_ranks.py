@@ -136,6 +136,25 @@ def test_a_fresh_mixture_starts_alike_on_any_number_of_ranks(options, devices, t
     assert bool(one["states"][-1]["fitted"])
 
 
+class OtherSeeds(Record):
+    """Rank one draws from another seed, as it does where nobody seeds everything."""
+
+    def on_train_start(self, run, pl_module):
+        torch.manual_seed(run.global_rank + 5)
+
+
+def test_ranks_with_seeds_of_their_own_start_alike(tmp_path):
+    """The start of rank zero is broadcast; before any further step."""
+    model = Frozen()
+    model.gmm = GaussianMixture(3, 2, init_means="random", reg_covar=0.1)
+    options = {"devices": 2, "strategy": "ddp_fork", "use_distributed_sampler": False, "max_epochs": 1}
+    trainer(OtherSeeds(tmp_path), EMCallback(), Record(tmp_path), **options).fit(model, Parts(rows(40), CUTS[2]))
+    first, second = (torch.load(tmp_path / f"2-{rank}.pt", weights_only=True)["states"][-1] for rank in (0, 1))
+    assert bool(first["fitted"])
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("way", ["minibatch", "accumulate", "full, newest rows"])
 def test_a_row_that_is_not_finite_on_one_rank_raises_on_all(way, tmp_path):
     x = rows(40)

@@ -189,3 +189,41 @@ def test_an_epoch_without_a_usable_row_repeats_the_likelihood_before_it(gmm):
     monitor.see(gmm, torch.full((3, 2), torch.nan))
     assert monitor.values(gmm)["log_likelihood"] == before["log_likelihood"]
     assert torch.isfinite(before["log_likelihood"])
+
+
+def test_a_component_that_starts_anew_leaves_frozen_weights_alone():
+    model = started()
+    model.gmm.set_parameters([0.6, 0.399, 0.001], model.gmm.means_, model.gmm.covariances_)
+    callback = EMCallback(mode="accumulate", frozen_components=[0], min_weight=0.1, patience=1)
+    means = model.gmm.means_.clone()
+    trainer(callback, max_epochs=1).fit(model, loader())
+    assert float(model.gmm.weights_[0]) == pytest.approx(0.6)
+    assert torch.equal(model.gmm.means_[0], means[0])
+    assert float(model.gmm.weights_.sum()) == pytest.approx(1.0)
+    frozen = started()
+    frozen.gmm.set_parameters([0.6, 0.399, 0.001], means, frozen.gmm.covariances_)
+    callback = EMCallback(mode="accumulate", frozen_components=[2], min_weight=0.1, patience=1)
+    trainer(callback, max_epochs=1).fit(frozen, loader())
+    assert torch.equal(frozen.gmm.means_[2], means[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64])
+def test_rows_of_any_dtype_can_seed_a_component(gmm, dtype):
+    health = Health(min_weight=0.05, patience=1)
+    health.begin(gmm)
+    assert health.after_update(Learner(gmm), Batch.of(clusters().to(dtype)), EVERYTHING, 0) == 1
+
+
+def test_moves_are_measured_from_the_start_on():
+    """Not from the fresh layer that was there before."""
+    model = Toy(learning_rate=0.0)
+    run = trainer(EMCallback(init_samples=20, step_size=0.01), max_epochs=1)
+    run.fit(model, loader(rows() + 100))
+    assert float(run.callback_metrics["em/moved"]) < 5
+
+
+@pytest.mark.parametrize("prog_bar", [True, False])
+def test_the_progress_bar_shows_the_likelihood_where_it_should(prog_bar):
+    run = trainer(EMCallback(prog_bar=prog_bar), max_epochs=1)
+    run.fit(started(), loader())
+    assert ("em/log_likelihood" in run.progress_bar_metrics) == prog_bar
