@@ -11,18 +11,19 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_callback import assert_same_state, started
+from torch.utils.data import DataLoader, TensorDataset
 from toy import QUIET, Toy, loader, rows, state, trainer
 
 from tgmm_nn import GaussianMixture
 from tgmm_nn.assignment import HARD, Assignment
-from tgmm_nn.lightning import EMCallback
+from tgmm_nn.lightning import ClusterMetricsCallback, EMCallback, LatentPlotCallback
 from tgmm_nn.lightning.assigning import Assigning
 from tgmm_nn.lightning.batch import Batch
 from tgmm_nn.lightning.learner import Learner
 from tgmm_nn.lightning.schedule import Schedule
 from tgmm_nn.maximization import Learned
 
-pytestmark = QUIET
+pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore:Sparse invariant checks")]
 
 
 def assert_near_state(gmm, by_hand, tolerance=1e-6):
@@ -234,6 +235,18 @@ def test_a_refresh_that_reaches_no_embeddings_says_what_to_do():
     model.training_step = lambda batch, batch_idx: model.encoder(batch["a"][0]).sum()
     with pytest.raises(TypeError, match="Expected one training loader with refresh=True, but got dict"):
         trainer(EMCallback(mode="full", refresh=True)).fit(model, {"a": loader(), "b": loader()})
+
+
+def test_rows_that_are_encoded_anew_are_no_batch_of_other_callbacks(tmp_path):
+    model = started()
+    model.predict_step = lambda batch, batch_idx: model.encoder(batch[0])
+    others = [
+        ClusterMetricsCallback(targets=1, n_classes=3, stage="train"),
+        LatentPlotCallback(every_n_epochs=1, folder=str(tmp_path)),
+    ]
+    data = TensorDataset(rows(), torch.arange(44) % 3)
+    trainer(EMCallback(mode="full", refresh=True), *others).fit(model, DataLoader(data, batch_size=10))
+    assert (tmp_path / "latent_epoch_0001.png").exists()
 
 
 def test_a_refresh_takes_as_many_batches_as_training_does():

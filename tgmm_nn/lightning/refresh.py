@@ -48,7 +48,12 @@ def encode_again(trainer: lightning.Trainer, pl_module: lightning.LightningModul
         raise TypeError(f"Expected one training loader with refresh=True, but got {type(loader).__name__}.")
     parts: list[Batch] = []
     limit = trainer.num_training_batches
-    with untouched_generators(loader), evaluation(pl_module), trainer.precision_plugin.forward_context():
+    with (
+        untouched_generators(loader),
+        evaluation(pl_module),
+        source.alone(),
+        trainer.precision_plugin.forward_context(),
+    ):
         for number, batch in enumerate(islice(loader, None if limit == float("inf") else int(limit))):
             placed = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
             outputs = pl_module.predict_step(placed, number)

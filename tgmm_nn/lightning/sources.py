@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import lightning
 import torch
@@ -93,6 +94,9 @@ class Embeddings:
         ValueError: If an option is out of range, or ``output_key`` is given for ``"outputs:<key>"``.
     """
 
+    # The one that listens while rows are encoded anew; those of other callbacks must not take these for a batch's.
+    _alone: ClassVar[Embeddings | None] = None
+
     def __init__(
         self,
         source: str,
@@ -146,7 +150,7 @@ class Embeddings:
             return
 
         def store(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if trainer.state.stage == self.stage:
+            if trainer.state.stage == self.stage and Embeddings._alone in (None, self):
                 self._store(output)
 
         self._handle = submodule(pl_module, self.source, "embeddings").register_forward_hook(store)
@@ -156,6 +160,15 @@ class Embeddings:
         if self._handle is not None:
             self._handle.remove()
         self._handle, self._parts, self._labels = None, [], []
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let no other source listen."""
+        Embeddings._alone = self
+        try:
+            yield
+        finally:
+            Embeddings._alone = None
 
     def receive(self, outputs: Any, batch: Any, step: str | None = None) -> None:
         """Take what comes from the batch, or from what the step returned; ``step`` is another step's name."""
