@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import lightning
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tgmm_nn.checks import check_integer, check_number
+from tgmm_nn.checks import check_number
 from tgmm_nn.experiments.digits import DigitsDataModule
+from tgmm_nn.experiments.networks import Perceptron
 from tgmm_nn.experiments.reports import Row, clustering_report
 from tgmm_nn.mixture import GaussianMixture
 
@@ -21,7 +21,7 @@ __all__ = ["ContrastiveClustering", "Encoder", "RandomAffine", "Rescale", "nt_xe
 
 
 class Encoder(nn.Module):
-    """Multilayer perceptron with ReLU between and unit-norm output, ``(..., sizes[0])`` to ``(..., sizes[-1])``.
+    """`Perceptron` with unit-norm output, ``(..., sizes[0])`` to ``(..., sizes[-1])``.
 
     Example:
         >>> torch.allclose(Encoder([4, 8, 3])(torch.randn(2, 4)).norm(dim=-1), torch.ones(2))
@@ -29,15 +29,8 @@ class Encoder(nn.Module):
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
-        if isinstance(sizes, (str, int)) or len(sizes) < 2:
-            raise ValueError(f"Expected `sizes` with the widths of input and output at least, but got {sizes!r}.")
-        for size in sizes:
-            check_integer("sizes", size)
-        layers: list[nn.Module] = [nn.Linear(sizes[0], sizes[1])]
-        for before, after in pairwise(sizes[1:]):
-            layers += [nn.ReLU(), nn.Linear(before, after)]
         super().__init__()
-        self.layers = nn.Sequential(*layers)
+        self.layers = Perceptron(sizes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return embeddings of length one."""
