@@ -24,6 +24,4 @@ for seed in range(3):
     few = MixtureClassifier(10, 20, **options).fit(x[~rest], labels[~rest])
     every = MixtureClassifier(10, 20, **options).fit(x, labels)
     scores = [float((model.predict(x[rest]) == y[rest]).float().mean()) for model in (few, every)]
-    print(
-        f"seed {seed}: from 50 labelled rows {scores[0]:.3f}, with {int(rest.sum())} more rows {scores[1]:.3f}"
-    )
+    print(f"seed {seed}: from 50 labelled rows {scores[0]:.3f}, with {int(rest.sum())} more rows {scores[1]:.3f}")

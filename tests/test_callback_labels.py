@@ -33,7 +33,7 @@ class Labelled(Toy):
         z = self.encoder(batch[0])
         self.seen.append(z.detach().clone())
         self.labels.append(batch[1])
-        return {"loss": (z - 1).square().sum(), "y": batch[1]}
+        return {"loss": (z - 1).square().sum(), "y": batch[1], "few": batch[1][:3]}
 
     def predict_step(self, batch, batch_idx):
         return self.encoder(batch[0])
@@ -189,7 +189,8 @@ def test_labels_on_ranks_give_the_classifier_of_one_process(options, devices, tm
         ({"targets": 5}, ValueError, "the batch to hold targets=5, but got 2 elements"),
         ({"targets": "y"}, ValueError, "the batch to hold targets='y', but got 2 elements"),
         ({"targets": "outputs:z"}, ValueError, "to return a dictionary with 'z' for targets='outputs:z'"),
-        ({"targets": 0}, ValueError, "targets=0 to give one label for each of the 10 rows"),
+        ({"targets": 0}, TypeError, "targets=0 to give integers, but got torch.float32"),
+        ({"targets": "outputs:few"}, ValueError, "targets='outputs:few' to give one label for each of the 10 rows"),
     ],
 )
 def test_labels_that_are_not_there_raise_and_list_what_is(options, error, match):
@@ -207,3 +208,23 @@ def test_labels_need_a_classifier_and_a_class_count_that_fits():
     for bad, error in (("", ValueError), (-1, ValueError), (1.5, TypeError), ("outputs:", ValueError)):
         with pytest.raises(error, match="`targets`"):
             EMCallback(targets=bad)
+
+
+@MODES
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_labels_of_any_integer_dtype_start_and_move_a_classifier(mode, dtype):
+    models = []
+    for kind in (torch.int64, dtype):
+        torch.manual_seed(0)
+        models.append(Labelled(fitted=False))
+        trainer(EMCallback(targets=1, mode=mode)).fit(models[-1], labelled_loader((torch.arange(44) % 3).to(kind)))
+    assert_near_state(models[0].gmm, models[1].gmm, 0.0)
+
+
+def test_labels_that_are_no_integers_or_missing_raise():
+    model = Labelled(fitted=False)
+    for labels in (torch.zeros(44), torch.zeros(44, dtype=torch.bool)):
+        with pytest.raises(TypeError, match="Expected targets=1 to give integers"):
+            trainer(EMCallback(targets=1)).fit(model, labelled_loader(labels))
+    with pytest.raises(ValueError, match="Expected `targets` to start the MixtureClassifier 'gmm' from, but got None"):
+        trainer(EMCallback()).fit(model, labelled_loader())

@@ -118,11 +118,15 @@ def test_a_label_settles_the_class_and_weights_count_as_repetitions(family, data
 # ------------------------------------------------------------------------------------------ classes and rows left out
 
 
+PRIORS = {"mean_prior": 1.0, "mean_precision_prior": 3.0, "covariance_prior": 2.0, "degrees_of_freedom_prior": 4.0}
+
+
+@pytest.mark.parametrize("priors", [{}, PRIORS], ids=["no priors", "priors"])
 @pytest.mark.parametrize("learn", ["em_step", "fit", "initialize"])
-def test_a_class_without_rows_keeps_its_parameters(family, data, learn):
+def test_a_class_without_rows_keeps_its_parameters(family, data, learn, priors):
     x, y = data
     x, y = x[y != 1], y[y != 1]
-    model = MixtureClassifier(C, D, 2, family, random_state=0, dtype="float64", max_iter=500)
+    model = MixtureClassifier(C, D, 2, family, random_state=0, dtype="float64", max_iter=500, **priors)
     means = torch.randn(6, D, dtype=torch.float64)
     gmm = model.mixture
     gmm.set_parameters([0.1, 0.1, 0.25, 0.25, 0.1, 0.2], means, gmm.covariances_)
@@ -288,3 +292,37 @@ def test_a_failed_fit_leaves_the_classifier_as_it_was(data):
     with pytest.raises(ValueError, match="finite"):
         model.fit(x, y)
     assert_same_buffers(model, before)
+
+
+def test_a_fresh_classifier_does_not_learn_from_rows_without_labels():
+    model = MixtureClassifier(3, 2)
+    with unchanged(model), pytest.raises(ValueError, match="`y` with labelled rows to start from, but got none"):
+        model.em_step(torch.randn(9, 2), torch.full((9,), -1))
+    with unchanged(model), pytest.raises(ValueError, match=r"all classes but one at least, but got none of \[1, 2\]"):
+        model.fit(torch.randn(9, 2), torch.tensor([0, 0, 0, 0, -1, -1, -1, -1, -1]))
+
+
+def test_a_state_of_another_division_into_classes_is_refused_before_anything_is_written(data):
+    model = MixtureClassifier(C, D, 2, random_state=0).fit(*data)
+    other = MixtureClassifier(2, D, 3)
+    with (
+        unchanged(other),
+        pytest.raises(ValueError, match=r"Expected a state of \{'n_classes': 2"),
+    ):
+        other.load_state_dict(model.state_dict())
+    network = torch.nn.Sequential(other)
+    with unchanged(network), pytest.raises(ValueError, match="Expected a state of"):
+        network.load_state_dict(torch.nn.Sequential(model).state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_of_any_integer_dtype_are_labels(data, dtype):
+    x, y = data
+    one, other = (MixtureClassifier(C, D, random_state=0).fit(x, labels) for labels in (y, y.to(dtype)))
+    assert torch.equal(one(x), other(x))
+
+
+def test_a_class_of_weight_zero_counts_as_absent(data):
+    x, y = data
+    with pytest.warns(UserWarning, match=r"belongs to the classes \[1\]"):
+        MixtureClassifier(C, D, random_state=0).fit(x, y, sample_weight=(y != 1).double())

@@ -21,6 +21,7 @@ DECIDED = {
     "max_rows",
     "stage",
     "prefix",
+    "components_per_class",
 }
 
 

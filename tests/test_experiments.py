@@ -8,8 +8,11 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from tgmm_nn import GaussianMixture
 from tgmm_nn.experiments.contrastive import ContrastiveClustering, Encoder, RandomAffine, Rescale, nt_xent
-from tgmm_nn.experiments.digits import DigitsDataModule, NeighbourPairs
+from tgmm_nn.experiments.digits import DigitsDataModule, LabelledDigitsDataModule, NeighbourPairs
+from tgmm_nn.experiments.heads import GenerativeClassifier, OutlierDetection, energy, softmax_score
+from tgmm_nn.experiments.networks import Perceptron
 from tgmm_nn.experiments.reports import clustering_scores, format_table, plot_metrics
+from tgmm_nn.experiments.vade import VariationalClustering, evidence_lower_bound
 
 
 def test_a_positive_is_one_of_the_nearest_rows_drawn_anew_and_never_the_row_itself(generator):
@@ -147,3 +150,50 @@ def test_curves_are_drawn_from_a_metrics_file(tmp_path):
     (tmp_path / "metrics.csv").write_text("\n".join(lines))
     plot_metrics(tmp_path / "metrics.csv", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_known_digits_are_split_and_others_are_kept_apart():
+    data = LabelledDigitsDataModule(n_classes=5, test_size=0.3, seed=1)
+    assert set(data.y.tolist()) == set(data.y_test.tolist()) == set(range(5))
+    train, test = ({tuple(row) for row in rows.tolist()} for rows in (data.x, data.x_test))
+    assert not train & test
+    assert len(data.x) + len(data.x_test) + len(data.x_unknown) == 1797
+    other = LabelledDigitsDataModule(n_classes=5, test_size=0.3, seed=2)
+    assert not torch.equal(data.x_test, other.x_test)
+    batches = list(data.train_dataloader())
+    assert sum(len(batch["y"]) for batch in batches) == len(data.x)
+
+
+def test_baselines_of_outliers_are_their_formulas(generator):
+    logits = torch.randn(20, 5, generator=generator)
+    probabilities = torch.distributions.Categorical(logits=logits).probs
+    torch.testing.assert_close(softmax_score(logits), -probabilities.max(-1).values)
+    torch.testing.assert_close(energy(logits), -logits.exp().sum(-1).log())
+
+
+def test_the_evidence_lower_bound_is_that_of_the_distributions(generator):
+    """And with the entropy in closed form its mean is below the log-likelihood of a model that can be integrated."""
+    x, mean = torch.randn(6, 4, generator=generator), torch.randn(6, 2, generator=generator)
+    log_variance = torch.randn(6, 2, generator=generator)
+    gmm = GaussianMixture(3, 2, random_state=0).initialize(torch.randn(50, 2, generator=generator))
+    q = torch.distributions.Independent(torch.distributions.Normal(mean, (0.5 * log_variance).exp()), 1)
+    likelihood = torch.distributions.Independent(torch.distributions.Normal(x + 0.1, 0.3), 1)
+    bound = evidence_lower_bound(x, x + 0.1, 0.3, gmm(mean), log_variance)
+    torch.testing.assert_close(bound, likelihood.log_prob(x) + gmm(mean) + q.entropy(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: LabelledDigitsDataModule(n_classes=11), "`n_classes` to be at most 10"),
+        (lambda: LabelledDigitsDataModule(test_size=1.0), "`test_size`"),
+        (lambda: Perceptron([3]), "`sizes` with the widths of input and output"),
+        (lambda: OutlierDetection(None, None, None, reconstruction=-1.0), "`reconstruction` to be at least 0"),
+        (lambda: VariationalClustering(None, None, None, noise=0.0), "`noise` to be above 0"),
+        (lambda: VariationalClustering(None, None, None, pretrain_epochs=0), "`pretrain_epochs` to be at least 1"),
+        (lambda: GenerativeClassifier(None, None, learning_rate=0.0), "`learning_rate` to be above 0"),
+    ],
+)
+def test_bad_options_of_the_experiments_name_themselves(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()

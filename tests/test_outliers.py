@@ -121,3 +121,20 @@ def test_detection_is_scored_as_scikit_learn_scores_it(generator, ties):
     assert found["fpr_at_95_tpr"] == pytest.approx(fpr[tpr >= 0.95].min(), abs=1e-6)
     with pytest.raises(ValueError, match="`outside` to hold at least one score and no nan"):
         detection_scores(inside, outside[:0])
+
+
+def test_a_component_of_weight_zero_is_near_nothing(generator):
+    gmm = GaussianMixture(2, 1, "diag").set_parameters([1.0, 0.0], [[0.0], [50.0]], [[1.0], [1.0]])
+    assert float(OutlierScore(gmm, "mahalanobis")(torch.tensor([[50.0]]))) == pytest.approx(2500.0)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_a_network_with_a_score_is_exported_and_compiled(generator, score):
+    detect = OutlierScore(random_layer("full", generator, dtype=torch.float32), score)
+    x = torch.randn(7, 2, generator=generator)
+    detect.calibrate(x)
+    program = torch.export.export(detect, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.testing.assert_close(program.module()(x[:3]), detect(x[:3]))
+    torch._dynamo.reset()
+    compiled = torch.compile(detect.is_outlier, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), detect.is_outlier(x))

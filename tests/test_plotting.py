@@ -13,6 +13,7 @@ from tgmm_nn.plotting import (
     plot_images,
     plot_latent,
     plot_reliability,
+    plot_scores,
     principal_plane,
     save,
 )
@@ -112,3 +113,11 @@ def test_a_reliability_diagram_shows_accuracy_over_confidence_and_the_share_of_r
 def test_a_reliability_diagram_of_no_row_says_nan():
     nothing = torch.full((3,), torch.nan)
     assert plot_reliability(nothing, nothing, nothing).get_title() == "calibration error nan"
+
+
+def test_scores_are_drawn_as_histograms_with_a_threshold(generator):
+    scores = {"in": torch.randn(100, generator=generator), "out": torch.randn(50, generator=generator) + 3}
+    ax = plot_scores(scores, threshold=1.5, xlabel="nats")
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["threshold", "in", "out"]
+    assert ax.get_xlabel() == "nats"
+    assert plot_scores(scores, ax=ax) is ax

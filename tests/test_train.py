@@ -205,3 +205,29 @@ def test_an_option_that_nothing_reads_inside_an_experiment_file_is_refused(train
     with pytest.raises(SystemExit):
         train("experiment=typo", f"hydra.searchpath=[{tmp_path}]")
     assert "n_componets" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("experiment", "overrides", "pictures", "first"),
+    [
+        ("digits_ood", [], ["outliers.png"], "log-density, a Gaussian for each class"),
+        ("digits_generative_classifier", [], ["classes.png"], "mixture for each class"),
+        (
+            "digits_vade",
+            ["model.pretrain_epochs=1", "callbacks.em.start_epoch=0", "gmm.n_init=1", "callbacks.latent_plot=null"],
+            ["latent.png", "components.png"],
+            "mixture at its end",
+        ),
+    ],
+)
+def test_an_experiment_prints_its_table_with_baselines_and_draws(experiment, overrides, pictures, first, train, capsys):
+    quick = ["trainer.max_epochs=2", "trainer.enable_progress_bar=false", f"experiment={experiment}"]
+    folder = train(*quick, *overrides)
+    with (folder / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0]["method"] == first
+    assert len(rows) > 1
+    assert first in capsys.readouterr().out
+    assert all((folder / name).exists() for name in [*pictures, "curves.png", "checkpoints/last.ckpt"])
+    saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert int(next(value for name, value in saved.items() if name.endswith("fitted"))) == 1  # the mixture travels

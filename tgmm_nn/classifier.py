@@ -36,7 +36,8 @@ class MixtureClassifier(nn.Module):
     With one component for each class, ``"tied_full"`` is linear discriminant analysis and ``"full"`` the quadratic one.
 
     Labels are integers from 0 to C − 1, and −1 for a row without a label, which is shared among all components
-    (semi-supervised learning). A class that no row belongs to keeps its parameters, its weight included.
+    (semi-supervised learning). A class that no row belongs to keeps its parameters, its weight included; under a
+    ``step_size``, where the running sums are its rows, its weight fades with them.
 
     Args:
         n_classes: Number of classes C.
@@ -50,7 +51,8 @@ class MixtureClassifier(nn.Module):
         covariance_prior: See `GaussianMixture`.
         degrees_of_freedom_prior: See `GaussianMixture`.
         init_means: A name, applied within each class, or means of shape ``(C · M, d)``.
-        init_weights: A name, applied within each class, or weights of shape ``(C · M,)``.
+        init_weights: A name, applied within each class, or weights of shape ``(C · M,)``, of which each class takes the
+            proportions; what classes weigh, their rows say.
         init_covariances: A name, applied within each class, or covariances.
         n_init: Draws of the means of a class, of which the tightest is taken.
         random_state: See `GaussianMixture`.
@@ -153,6 +155,20 @@ class MixtureClassifier(nn.Module):
             dtype=dtype,
         )
 
+    def get_extra_state(self) -> dict[str, int]:
+        """Return how the components are divided among classes, which travels with ``state_dict``."""
+        return {"n_classes": self.n_classes, "components_per_class": self.components_per_class}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Do nothing: the division was compared before any buffer was written."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Here, before the mixture's buffers are read, and not by an entry in the list of errors, which comes after.
+        found = state_dict.get(f"{prefix}_extra_state", self.get_extra_state())
+        if found != self.get_extra_state():
+            raise ValueError(f"Expected a state of {self.get_extra_state()}, but got one of {found}.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     @property
     def n_features(self) -> int:
         """Number of features d."""
@@ -230,6 +246,8 @@ class MixtureClassifier(nn.Module):
             Mean of log p(x, c) of labelled and log p(x) of other rows before the update in nats, shape ``()``.
         """
         checks.check_step_size(step_size)
+        if not torch.compiler.is_compiling() and not self.mixture.fitted_ and not bool((self._labels(y) >= 0).any()):
+            raise ValueError("Expected `y` with labelled rows to start from, but got none; all classes are alike yet.")
         sums = self.statistics(x, y, sample_weight, assignment)
         return self.update(sums.over_ranks() if sync else sums, step_size)
 
@@ -243,11 +261,11 @@ class MixtureClassifier(nn.Module):
     def learned(
         self, statistics: Statistics, step_size: float | Tensor | None = None, learned: Learned | None = None
     ) -> Learned:
-        """Return what an M-step may move: of ``learned``, the weights of classes that the sums hold rows of."""
+        """Return what an M-step may move: of ``learned``, the classes that the sums hold rows of."""
         seen = statistics.count if step_size is None else statistics.count + self.mixture.running_count
-        weights = (self._by_class(seen).sum(-1) > 0).repeat_interleave(self.components_per_class)
-        learned = Learned() if learned is None else learned
-        return learned._replace(weights=weights if learned.weights is None else weights & learned.weights)
+        free = (self._by_class(seen).sum(-1) > 0).repeat_interleave(self.components_per_class)
+        given = Learned() if learned is None else learned
+        return Learned(*(free if part is None else free & part for part in given))
 
     @torch.no_grad()
     def initialize(self, x: Any, y: Any, *, sample_weight: Any = None) -> MixtureClassifier:
@@ -302,7 +320,7 @@ class MixtureClassifier(nn.Module):
         log_prior = self.log_prior(labels)
         free = self._by_class((log_prior > -torch.inf).any(0)).any(-1)  # classes that a row may belong to
         trial.warm_start = True
-        learned = Learned(weights=free.repeat_interleave(self.components_per_class))
+        learned = Learned(*(free.repeat_interleave(self.components_per_class),) * 3)
         trial.fit(rows, sample_weight=weight, log_prior=log_prior, learned=learned)
         self.mixture.load_state_dict(trial.state_dict())
         return self
@@ -350,14 +368,14 @@ class MixtureClassifier(nn.Module):
         return x, labels, sample_weight
 
     def _flat(self, x: Any, y: Any, sample_weight: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the rows ``(n, d)`` that are not ignored, with their labels and weights ``(n,)``."""
+        """Return the rows ``(n, d)`` that weigh anything, with their labels and weights ``(n,)``."""
         x, labels, weight = self._checked(x, y, sample_weight)
         rows, labels = x.reshape(-1, self.n_features).to(labels.device), labels.reshape(-1)
         weight = None if weight is None else weight.reshape(-1)
-        if self.ignore_index is None:
-            return rows, labels, weight
-        used = labels != self.ignore_index
-        return rows[used], labels[used], None if sample_weight is None or weight is None else weight[used]
+        if weight is None:
+            return rows, labels, None
+        used = weight != 0  # those that are ignored weigh nothing
+        return rows[used], labels[used], None if sample_weight is None else weight[used]
 
     def _started(self, rows: Tensor, labels: Tensor, weight: Tensor | None) -> GaussianMixture:
         """Return a mixture that starts in each class from its own rows, and warn of classes without any."""
@@ -370,6 +388,12 @@ class MixtureClassifier(nn.Module):
                 )
         if not any(numbers):
             raise ValueError(f"Expected `y` with labelled rows to start from, but got none among {len(labels)}.")
+        absent, rest = [c for c, number in enumerate(numbers) if not number], bool((labels == UNLABELLED).any())
+        if len(absent) > 1 and rest and not self.mixture.fitted_:
+            raise ValueError(
+                f"Expected `y` with labelled rows of all classes but one at least, but got none of {absent}: they "
+                "would start alike, and share the unlabelled rows for ever."
+            )
         parts = []
         for c in range(self.n_classes):
             own = labels == c
@@ -378,8 +402,9 @@ class MixtureClassifier(nn.Module):
         if self.mixture.covariance.tied:
             second = second.sum(0, keepdim=True)
         sums = Statistics.of(count, first, second, origin, self.mixture.covariance)
-        if absent := [c for c, number in enumerate(numbers) if not number]:
-            warnings.warn(f"No row of `y` belongs to the classes {absent}: they keep their parameters.", stacklevel=3)
+        if absent:
+            then = "they start from their parameters as they are" if rest else "they keep their parameters"
+            warnings.warn(f"No row of `y` belongs to the classes {absent}: {then}.", stacklevel=3)
         return copy.deepcopy(self.mixture).initialize_from(sums, self.learned(sums))
 
     def _class_start(self, c: int, rows: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

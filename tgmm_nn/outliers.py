@@ -29,17 +29,16 @@ def max_component(model: MixtureDensity, x: Any) -> Tensor:
 
 
 def mahalanobis(model: MixtureDensity, x: Any) -> Tensor:
-    """Return the squared Mahalanobis distance to the nearest component."""
-    return model.squared_distances(x).amin(-1)
+    """Return the squared Mahalanobis distance to the nearest component; one of weight 0 is none."""
+    return torch.where(model.mixture().weights > 0, model.squared_distances(x), torch.inf).amin(-1)
 
 
 def relative_mahalanobis(model: MixtureDensity, x: Any) -> Tensor:
     """Return the squared distance to the nearest component less that to the Gaussian of the whole mixture."""
-    whole = whole_gaussian(model)
-    away = model.squared_distances(x)
-    x = x if isinstance(x, Tensor) else checks.to_tensor("x", x, away.dtype)
+    whole, nearest = whole_gaussian(model), mahalanobis(model, x)
+    x = x if isinstance(x, Tensor) else checks.to_tensor("x", x, nearest.dtype)
     y = (x.to(whole.means) - whole.means) @ whole.factor[0]
-    return away.amin(-1) - y.square().sum(-1).to(away.dtype)
+    return nearest - y.square().sum(-1).to(nearest.dtype)
 
 
 SCORES: dict[str, Callable[[MixtureDensity, Any], Tensor]] = {
@@ -59,6 +58,8 @@ class OutlierScore(nn.Module):
     | ``"max_component"`` | :math:`-\max_k \log \pi_k N(x; \mu_k, \Sigma_k)`, in nats |
     | ``"mahalanobis"`` | :math:`\min_k d_k^2(x)`, :math:`d_k^2(x) = (x - \mu_k)^\top \Sigma_k^{-1} (x - \mu_k)` |
     | ``"relative_mahalanobis"`` | :math:`\min_k d_k^2(x) - d_0^2(x)`, 0 being the Gaussian with the mixture's moments |
+
+    The last factorises the whole covariance at each call, and is the only one that has no ONNX form.
 
     Args:
         model: A `GaussianMixture`, or a `MixtureClassifier`, whose classes together are the distribution.
@@ -136,7 +137,7 @@ class OutlierScore(nn.Module):
         Raises:
             RuntimeError: If `calibrate` was not called.
         """
-        if bool(self.threshold.isnan().any()):
+        if not torch.compiler.is_compiling() and bool(self.threshold.isnan().any()):
             raise RuntimeError("Expected a calibrated score, but `threshold` is nan; call calibrate(x) first.")
         return ~(self(x) <= self.threshold)
 

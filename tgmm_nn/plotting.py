@@ -24,6 +24,7 @@ __all__ = [
     "plot_images",
     "plot_latent",
     "plot_reliability",
+    "plot_scores",
     "principal_plane",
     "save",
 ]
@@ -216,3 +217,30 @@ def _ellipse(centre: tuple[float, float], covariance: Tensor, radius: float, col
     width, height = (2.0 * radius * variances.clamp(min=0).sqrt()).tolist()
     angle = float(torch.rad2deg(torch.atan2(directions[1, 0], directions[0, 0])))
     return Ellipse(centre, width, height, angle=angle, fill=False, lw=1.8, ec=color, alpha=alpha)
+
+
+def plot_scores(
+    scores: Mapping[str, Tensor], *, threshold: float | None = None, xlabel: str = "score", ax: Axes | None = None
+) -> Axes:
+    """Draw a histogram of the scores of each group of rows, and where a threshold lies.
+
+    Args:
+        scores: Finite scores of each group, shape ``(n,)``, by its name; the hatched ones tell groups apart in grey.
+        threshold: Where to draw a line.
+        xlabel: What the scores are.
+        ax: Axes to draw into.
+    """
+    ax = ax or new_axes()[0]
+    everything = torch.cat([values.flatten().cpu() for values in scores.values()])
+    # The far tail would leave no room for the rest.
+    low, high = float(everything.min()), float(everything.quantile(0.98))
+    bins = torch.linspace(low, max(high, low + 1e-6), 50).tolist()
+    for number, (name, values) in enumerate(scores.items()):
+        clipped = values.flatten().cpu().clamp(max=high).numpy()
+        hatch = ("", "///", "...", "xxx")[number % 4]
+        ax.hist(clipped, bins=bins, density=True, alpha=0.6, label=name, hatch=hatch, color=COLORS(number))
+    if threshold is not None:
+        ax.axvline(threshold, color="black", ls="--", label="threshold")
+    ax.set(xlabel=xlabel, ylabel="density of rows")
+    ax.legend(fontsize=8)
+    return ax

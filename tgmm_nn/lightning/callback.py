@@ -228,6 +228,8 @@ class EMCallback(lightning.Callback):
         """Start listening; a mixture that a checkpoint or the user has fitted is not started again."""
         self._learner = Learner.find(pl_module, self.module, self.source.targets is not None)
         gmm = self._learner.gmm
+        if self._learner.classifier is not None and self.source.targets is None and not gmm.fitted_:
+            raise ValueError(f"Expected `targets` to start the MixtureClassifier {self.module!r} from, but got None.")
         self._started, self._heard, self._moved = gmm.fitted_, False, False
         self._first_epoch = self.schedule.first_epoch(trainer.max_epochs)
         self._last_step, self._epoch = trainer.global_step, trainer.current_epoch
@@ -287,7 +289,8 @@ class EMCallback(lightning.Callback):
         if not self._started:
             rank_zero_warn(
                 f"EM never started on {self.module!r}: training ended before an epoch from {self._first_epoch} on had "
-                f"given as many finite rows as it has components; its parameters are those of a fresh layer."
+                f"given enough finite rows (as many as components; for a classifier, of each class that has labels); "
+                f"its parameters are those of a fresh layer."
             )
         self._release()
 

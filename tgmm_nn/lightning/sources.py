@@ -206,6 +206,8 @@ class Embeddings:
         else:
             labels = item(batch, self.targets, "the batch", "targets")  # type: ignore[arg-type]  # not None here
         labels = torch.as_tensor(labels)
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(f"Expected targets={self.targets!r} to give integers, but got {labels.dtype}.")
         new = self._parts[len(self._labels) :]
         for part in new:  # a submodule that is called twice, for two views, has two parts with the same labels
             if labels.numel() != len(part):
@@ -213,7 +215,7 @@ class Embeddings:
                     f"Expected targets={self.targets!r} to give one label for each of the {len(part)} rows of "
                     f"embeddings={self.source!r}, but got shape {tuple(labels.shape)}."
                 )
-            self._labels.append(labels.detach().reshape(-1).to(part.device))
+            self._labels.append(labels.detach().reshape(-1).to(part.device, torch.int64))
 
     def _store(self, output: Any) -> None:
         key, owner = self.output_key, f"the output of {self.source!r}"

@@ -1,0 +1,205 @@
+"""Density heads on a classifier of digits: which inputs it does not know, and mixtures in place of a softmax layer."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tgmm_nn.checks import check_number
+from tgmm_nn.classifier import MixtureClassifier
+from tgmm_nn.experiments.digits import LabelledDigitsDataModule
+from tgmm_nn.experiments.reports import Row
+from tgmm_nn.metrics import Contingency, detection_scores
+from tgmm_nn.mixture import GaussianMixture
+from tgmm_nn.outliers import OutlierScore
+from tgmm_nn.plotting import new_axes, plot_contingency, plot_latent, plot_scores, save
+
+__all__ = ["GenerativeClassifier", "OutlierDetection", "energy", "softmax_score"]
+
+
+def softmax_score(logits: Tensor) -> Tensor:
+    """Return minus the largest softmax probability: large where the classifier is unsure.
+
+    References:
+        Hendrycks and Gimpel, A baseline for detecting misclassified and out-of-distribution examples in neural
+        networks, 2017.
+    """
+    return -logits.softmax(-1).amax(-1)
+
+
+def energy(logits: Tensor) -> Tensor:
+    """Return minus the log of the summed exponentials of the logits.
+
+    References:
+        Liu, Wang, Owens and Li, Energy-based out-of-distribution detection, 2020.
+    """
+    return -logits.logsumexp(-1)
+
+
+class OutlierDetection(lightning.LightningModule):
+    """Classify digits, and tell by a density of the features which rows are of no known class.
+
+    The features are learned by cross-entropy and reconstruction: what a classifier alone keeps says little of rows that
+    it was not made for. The density is a Gaussian for each class, which `EMCallback` learns while the network trains.
+
+    Args:
+        encoder: Network to features.
+        decoder: Network from features back to pixels.
+        density: Classifier of the features, which holds the densities.
+        reconstruction: Weight of the squared error, summed over pixels.
+        learning_rate: Of Adam.
+        weight_decay: Of Adam.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        density: MixtureClassifier,
+        *,
+        reconstruction: float = 1.0,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_number("reconstruction", reconstruction)
+        check_number("learning_rate", learning_rate, strict=True)
+        check_number("weight_decay", weight_decay)
+        self.encoder, self.decoder, self.density = encoder, decoder, density
+        self.head = nn.Linear(density.n_features, density.n_classes)
+        self.reconstruction, self.learning_rate, self.weight_decay = reconstruction, learning_rate, weight_decay
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Return cross-entropy and reconstruction."""
+        z = self.encoder(batch["x"])
+        error = (self.decoder(z) - batch["x"]).square().sum(-1).mean()
+        loss = F.cross_entropy(self.head(z), batch["y"]) + self.reconstruction * error
+        self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(z))
+        return loss
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Return the features of a batch."""
+        features: Tensor = self.encoder(batch["x"])
+        return features
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return Adam."""
+        return torch.optim.Adam(self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
+
+    @torch.no_grad()
+    def report(self, data: LabelledDigitsDataModule, folder: Path, seed: int) -> list[Row]:
+        """Score held-out digits of known classes against the others, beside the baselines, and draw the scores."""
+        self.eval()
+        pixels = [part.to(self.device) for part in (data.x, data.x_test, data.x_unknown)]
+        train, test, unknown = (self.encoder(part) for part in pixels)
+        y_test = data.y_test.to(self.device)
+        how: dict[str, Any] = {"reg_covar": 1e-2, "random_state": seed, "max_iter": 300}
+        free = GaussianMixture(3 * data.n_classes, train.shape[1], **how).fit(train)
+        single = GaussianMixture(1, train.shape[1], **how).fit(train)
+        raw = MixtureClassifier(data.n_classes, data.x.shape[1], **how).fit(pixels[0], data.y)
+        logits, classes = (self.head(test), self.head(unknown)), self.density.predict(test)
+        accuracy = float((classes == y_test).float().mean())
+        of_softmax = float((logits[0].argmax(-1) == y_test).float().mean())
+        of_pixels = float((raw.predict(pixels[1]) == y_test).float().mean())
+        scores = {name: OutlierScore(self.density, name) for name in ("mahalanobis", "relative_mahalanobis")}
+        own = OutlierScore(self.density)
+        methods: dict[str, tuple[Tensor, Tensor, float | str]] = {
+            "log-density, a Gaussian for each class": (own(test), own(unknown), accuracy),
+            f"log-density, {free.n_components} components without labels": (-free(test), -free(unknown), ""),
+            **{name.replace("_", " "): (score(test), score(unknown), "") for name, score in scores.items()},
+            "maximum softmax probability": (softmax_score(logits[0]), softmax_score(logits[1]), of_softmax),
+            "energy of the logits": (energy(logits[0]), energy(logits[1]), of_softmax),
+            "one Gaussian on the features": (-single(test), -single(unknown), ""),
+            "a Gaussian for each class on pixels": (
+                -raw.log_density(pixels[1]),
+                -raw.log_density(pixels[2]),
+                of_pixels,
+            ),
+        }
+        self._draw(own.calibrate(test), test, unknown, y_test, folder)
+        return [
+            {"method": name, **detection_scores(inside, outside), "accuracy": right}
+            for name, (inside, outside, right) in methods.items()
+        ]
+
+    def _draw(self, score: OutlierScore, test: Tensor, unknown: Tensor, y_test: Tensor, folder: Path) -> None:
+        left, right = new_axes(1, 2)
+        groups = {"known classes, held out": score(test), "other digits": score(unknown)}
+        plot_scores(groups, threshold=float(score.threshold), xlabel="-log p(x), nats", ax=left)
+        other = torch.full((len(unknown),), self.density.n_classes, device=test.device)
+        title = f"features; class {self.density.n_classes}: other digits"
+        plot_latent(self.density.mixture, torch.cat([test, unknown]), torch.cat([y_test, other]), title=title, ax=right)
+        save(right, folder / "outliers.png")
+
+
+class GenerativeClassifier(lightning.LightningModule):
+    """Classify by the densities of a mixture for each class, with no linear layer: parity, and a density for free.
+
+    The encoder learns by cross-entropy of log p(x, c), through the mixtures, which `EMCallback` learns by EM on the
+    detached features. Beside it a copy of the encoder with a softmax layer learns from the same batches.
+
+    Args:
+        encoder: Network to features.
+        density: Mixtures of the features.
+        learning_rate: Of Adam.
+        weight_decay: Of Adam.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        density: MixtureClassifier,
+        *,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_number("learning_rate", learning_rate, strict=True)
+        check_number("weight_decay", weight_decay)
+        self.norm = nn.LayerNorm(density.n_features, elementwise_affine=False)
+        self.encoder, self.density = nn.Sequential(encoder, self.norm), density
+        self.softmax = nn.Sequential(copy.deepcopy(self.encoder), nn.Linear(density.n_features, density.n_classes))
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Return the cross-entropy of both classifiers, which share no parameter."""
+        loss = F.cross_entropy(self.density(self.encoder(batch["x"])), batch["y"])
+        self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch["x"]))
+        return loss + F.cross_entropy(self.softmax(batch["x"]), batch["y"])
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Return the features of a batch."""
+        features: Tensor = self.encoder(batch["x"])
+        return features
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return Adam."""
+        return torch.optim.Adam(self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
+
+    @torch.no_grad()
+    def report(self, data: LabelledDigitsDataModule, folder: Path, seed: int) -> list[Row]:
+        """Compare the two on held-out rows, and draw features and confusions."""
+        self.eval()
+        x, y = data.x_test.to(self.device), data.y_test.to(self.device)
+        z = self.encoder(x)
+        logits = {"mixture for each class": self.density(z), "softmax layer": self.softmax(x)}
+        left, right = new_axes(1, 2)
+        plot_latent(self.density.mixture, z, y, title="held-out features, coloured by class", ax=left)
+        confusion = Contingency(data.n_classes, data.n_classes).to(self.device)
+        plot_contingency(confusion(self.density.predict(z), y), title="predicted class × class", ax=right)
+        save(right, folder / "classes.png")
+        return [
+            {
+                "method": name,
+                "accuracy": float((values.argmax(-1) == y).float().mean()),
+                "cross-entropy": float(F.cross_entropy(values, y)),
+                "log p(x)": float(self.density.log_density(z).mean()) if "mixture" in name else "",
+            }
+            for name, values in logits.items()
+        ]
