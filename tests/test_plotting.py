@@ -118,6 +118,6 @@ def test_a_reliability_diagram_of_no_row_says_nan():
 def test_scores_are_drawn_as_histograms_with_a_threshold(generator):
     scores = {"in": torch.randn(100, generator=generator), "out": torch.randn(50, generator=generator) + 3}
     ax = plot_scores(scores, threshold=1.5, xlabel="nats")
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["threshold", "in", "out"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["in", "out", "threshold"]
     assert ax.get_xlabel() == "nats"
     assert plot_scores(scores, ax=ax) is ax
