@@ -3,8 +3,8 @@
     python examples/benchmarks/digits_contrastive.py --seeds 5
     python examples/benchmarks/digits_contrastive.py --seeds 5 experiment=digits_ood
 
-Further arguments go to ``train.py``, whose default experiment is ``digits_contrastive``. Goal for the mixture over seeds 0 to 4: mean accuracy at least .945, every seed at
-least .93, mean NMI at least .91.
+Further arguments go to ``train.py``, whose default experiment is ``digits_contrastive``. Its goal for the mixture over
+seeds 0 to 4: mean accuracy at least .945, every seed at least .93, mean NMI at least .91.
 """
 
 import argparse
