@@ -138,3 +138,11 @@ def test_a_network_with_a_score_is_exported_and_compiled(generator, score):
     torch._dynamo.reset()
     compiled = torch.compile(detect.is_outlier, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), detect.is_outlier(x))
+
+
+def test_a_threshold_of_another_score_is_refused_before_anything_is_written(generator):
+    gmm = random_layer("full", generator)
+    one, other = OutlierScore(gmm).calibrate(torch.randn(20, 2, generator=generator)), OutlierScore(gmm, "mahalanobis")
+    with pytest.raises(ValueError, match=r"Expected the state of \{'score': 'mahalanobis'\}, but got that of"):
+        other.load_state_dict(one.state_dict())
+    assert other.threshold.isnan().all()

@@ -110,6 +110,8 @@ class OutlierScore(nn.Module):
     def calibrate(self, x: Any, quantile: float = 0.95) -> OutlierScore:
         """Set the threshold to a quantile of the scores of rows that belong; about that share is then accepted.
 
+        To be called last: where the mixture learns on, the threshold stays that of the mixture before.
+
         Args:
             x: Rows of the distribution, that the mixture was not fitted to, shape ``(..., d)``.
             quantile: Share to accept, in (0, 1).
@@ -140,6 +142,19 @@ class OutlierScore(nn.Module):
         if not torch.compiler.is_compiling() and bool(self.threshold.isnan().any()):
             raise RuntimeError("Expected a calibrated score, but `threshold` is nan; call calibrate(x) first.")
         return ~(self(x) <= self.threshold)
+
+    def get_extra_state(self) -> dict[str, str]:
+        """Return the score that the threshold belongs to, which travels with ``state_dict``."""
+        return {"score": self.score}
+
+    def set_extra_state(self, state: dict[str, str]) -> None:
+        """Do nothing: the score was compared before the threshold was written."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        found = state_dict.get(f"{prefix}_extra_state", self.get_extra_state())
+        if found != self.get_extra_state():
+            raise ValueError(f"Expected the state of {self.get_extra_state()}, but got that of {found}.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """Return the score and its threshold."""
