@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["broadcast_from_rank_zero", "is_distributed", "stack_over_ranks", "sum_over_ranks"]
+__all__ = ["broadcast_from_rank_zero", "is_distributed", "sum_over_ranks"]
 
 
 def is_distributed() -> bool:
@@ -30,15 +30,6 @@ def sum_over_ranks(flat: Tensor) -> Tensor:
     total = flat.clone()
     dist.all_reduce(total)
     return total
-
-
-def stack_over_ranks(tensor: Tensor, *, sync: bool = True) -> Tensor:
-    """Return the tensors of all ranks, all of one shape, along a new first axis; of this one where not ``sync``."""
-    if not sync or not is_distributed():
-        return tensor[None]
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.stack(parts)
 
 
 @torch.no_grad()

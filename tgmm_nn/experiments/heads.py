@@ -42,7 +42,29 @@ def energy(logits: Tensor) -> Tensor:
     return -logits.logsumexp(-1)
 
 
-class OutlierDetection(lightning.LightningModule):
+class _DensityHead(lightning.LightningModule):
+    """An encoder and a classifier by densities of its features, learned by Adam."""
+
+    def __init__(
+        self, encoder: nn.Module, density: MixtureClassifier, learning_rate: float, weight_decay: float
+    ) -> None:
+        super().__init__()
+        check_number("learning_rate", learning_rate, strict=True)
+        check_number("weight_decay", weight_decay)
+        self.encoder, self.density = encoder, density
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Return the features of a batch."""
+        features: Tensor = self.encoder(batch["x"])
+        return features
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return Adam."""
+        return torch.optim.Adam(self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
+
+
+class OutlierDetection(_DensityHead):
     """Classify digits, and tell by a density of the features which rows are of no known class.
 
     The features are learned by cross-entropy and reconstruction: what a classifier alone keeps says little of rows that
@@ -67,13 +89,10 @@ class OutlierDetection(lightning.LightningModule):
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
     ) -> None:
-        super().__init__()
         check_number("reconstruction", reconstruction)
-        check_number("learning_rate", learning_rate, strict=True)
-        check_number("weight_decay", weight_decay)
-        self.encoder, self.decoder, self.density = encoder, decoder, density
+        super().__init__(encoder, density, learning_rate, weight_decay)
+        self.decoder, self.reconstruction = decoder, reconstruction
         self.head = nn.Linear(density.n_features, density.n_classes)
-        self.reconstruction, self.learning_rate, self.weight_decay = reconstruction, learning_rate, weight_decay
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return cross-entropy and reconstruction."""
@@ -82,15 +101,6 @@ class OutlierDetection(lightning.LightningModule):
         loss = F.cross_entropy(self.head(z), batch["y"]) + self.reconstruction * error
         self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(z))
         return loss
-
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the features of a batch."""
-        features: Tensor = self.encoder(batch["x"])
-        return features
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return Adam."""
-        return torch.optim.Adam(self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
 
     @torch.no_grad()
     def report(self, data: LabelledDigitsDataModule, folder: Path, seed: int) -> list[Row]:
@@ -138,7 +148,7 @@ class OutlierDetection(lightning.LightningModule):
         save(right, folder / "outliers.png")
 
 
-class GenerativeClassifier(lightning.LightningModule):
+class GenerativeClassifier(_DensityHead):
     """Classify by the densities of a mixture for each class, with no linear layer: parity, and a density for free.
 
     The encoder learns by cross-entropy of log p(x, c), through the mixtures, which `EMCallback` learns by EM on the
@@ -159,28 +169,16 @@ class GenerativeClassifier(lightning.LightningModule):
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
     ) -> None:
-        super().__init__()
-        check_number("learning_rate", learning_rate, strict=True)
-        check_number("weight_decay", weight_decay)
-        self.norm = nn.LayerNorm(density.n_features, elementwise_affine=False)
-        self.encoder, self.density = nn.Sequential(encoder, self.norm), density
+        super().__init__(encoder, density, learning_rate, weight_decay)
+        norm = nn.LayerNorm(density.n_features, elementwise_affine=False)
+        self.encoder = nn.Sequential(encoder, norm)
         self.softmax = nn.Sequential(copy.deepcopy(self.encoder), nn.Linear(density.n_features, density.n_classes))
-        self.learning_rate, self.weight_decay = learning_rate, weight_decay
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the cross-entropy of both classifiers, which share no parameter."""
         loss = F.cross_entropy(self.density(self.encoder(batch["x"])), batch["y"])
         self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch["x"]))
         return loss + F.cross_entropy(self.softmax(batch["x"]), batch["y"])
-
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the features of a batch."""
-        features: Tensor = self.encoder(batch["x"])
-        return features
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return Adam."""
-        return torch.optim.Adam(self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
 
     @torch.no_grad()
     def report(self, data: LabelledDigitsDataModule, folder: Path, seed: int) -> list[Row]:
