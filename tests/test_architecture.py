@@ -19,6 +19,7 @@ ORDER = (
     "maximization",
     "assignment",
     "functional",
+    "expectation",
     "transport",
     "marginals",
     "data",

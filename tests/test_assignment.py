@@ -8,7 +8,8 @@ from oracles import assert_near, joint, random_layer, random_mixture
 
 from tgmm_nn import GaussianMixture
 from tgmm_nn.assignment import HARD, Assignment
-from tgmm_nn.functional import expectation, log_density, log_density_and_entropy
+from tgmm_nn.expectation import expectation
+from tgmm_nn.functional import log_density, log_density_and_entropy
 from tgmm_nn.transport import sinkhorn
 
 

@@ -5,7 +5,9 @@ import torch
 from oracles import assert_near, dense, distribution, joint, random_mixture, restrict
 
 from tgmm_nn import functional
+from tgmm_nn.expectation import conditioning, expectation
 from tgmm_nn.functional import Parameters
+from tgmm_nn.maximization import maximize
 from tgmm_nn.statistics import Statistics, hard_statistics, statistics_of
 
 FORMS = pytest.mark.parametrize("moments", [False, True], ids=["whitened", "moments"])
@@ -99,7 +101,7 @@ def test_a_component_of_weight_zero_does_not_count(family, generator):
     oracle = distribution(without.weights[:2], without.means[:2], elements).log_prob(x)
     assert_near(functional.log_density(x, without, mixture.covariance), oracle)
     for moments in (False, True):
-        assert functional.expectation(x, without, mixture.covariance, moments=moments).count[2] == 0
+        assert expectation(x, without, mixture.covariance, moments=moments).count[2] == 0
 
 
 def test_rows_mapped_in_chunks_equal_rows_mapped_at_once(family, generator):
@@ -122,7 +124,7 @@ def test_both_forms_of_the_e_step_are_the_sums_written_out(family, moments, extr
     x = rows_of(mixture, 60, generator, dtype)
     weight = torch.rand(60, generator=generator).to(dtype) if extras in ("sample_weight", "both") else None
     prior = torch.randn(60, 3, generator=generator).to(dtype) if extras in ("log_prior", "both") else None
-    sums = functional.expectation(x, mixture.parameters, mixture.covariance, weight, prior, moments=moments)
+    sums = expectation(x, mixture.parameters, mixture.covariance, weight, prior, moments=moments)
     assert sums.origin.shape == ((3,) if moments else (3, 3))
     assert {s.dtype for s in sums.sums()} == {torch.float64}
     assert (sums.rows, sums.skipped) == (60, 0)
@@ -138,8 +140,8 @@ def test_an_integer_weight_is_as_many_equal_rows(family, moments, generator):
     mixture = random_mixture(family, generator)
     x = rows_of(mixture, 30, generator)
     times = torch.randint(0, 4, (30,), generator=generator)
-    weighted = functional.expectation(x, mixture.parameters, mixture.covariance, times.double(), moments=moments)
-    repeated = functional.expectation(
+    weighted = expectation(x, mixture.parameters, mixture.covariance, times.double(), moments=moments)
+    repeated = expectation(
         x.repeat_interleave(times, 0), mixture.parameters, mixture.covariance, moments=moments
     )
     assert_near(weighted.sums()[:5], repeated.sums()[:5])
@@ -153,9 +155,9 @@ def test_a_log_prior_of_minus_infinity_forbids_a_component_and_forbidding_all_sk
     prior[:10, 1:] = -torch.inf
     prior[10:, 0] = -torch.inf
     prior[10] = -torch.inf
-    sums = functional.expectation(x, mixture.parameters, mixture.covariance, None, prior, moments=moments)
+    sums = expectation(x, mixture.parameters, mixture.covariance, None, prior, moments=moments)
     rest = torch.cat([x[:10], x[11:]])
-    oracle = functional.expectation(
+    oracle = expectation(
         rest, mixture.parameters, mixture.covariance, None, torch.cat([prior[:10], prior[11:]]), moments=moments
     )
     assert (sums.rows, sums.skipped) == (29, 1)
@@ -171,8 +173,8 @@ def test_rows_that_are_not_finite_are_counted_and_contribute_nothing(family, mom
     too_far = 1e30 if dtype == torch.float32 else 1e200  # its square is infinite
     bad = torch.tensor([[torch.nan, 0.0], [torch.inf, 0.0], [-torch.inf, torch.inf], [0.0, too_far]], dtype=dtype)
     mixed = torch.cat([bad[:2], x[:15], bad[2:], x[15:]])
-    sums = functional.expectation(mixed, mixture.parameters, mixture.covariance, moments=moments)
-    clean = functional.expectation(x, mixture.parameters, mixture.covariance, moments=moments)
+    sums = expectation(mixed, mixture.parameters, mixture.covariance, moments=moments)
+    clean = expectation(x, mixture.parameters, mixture.covariance, moments=moments)
     assert (sums.rows, sums.skipped) == (40, 4)
     tolerance = 20 * torch.finfo(dtype).eps
     torch.testing.assert_close(sums.sums()[:5], clean.sums()[:5], rtol=tolerance, atol=10 * tolerance)
@@ -185,8 +187,8 @@ def test_rows_of_invalid_weight_are_counted_and_contribute_nothing(family, momen
     x = rows_of(mixture, 10, generator)
     weights = torch.ones(10).double()
     weights[3] = weight
-    sums = functional.expectation(x, mixture.parameters, mixture.covariance, weights, moments=moments)
-    clean = functional.expectation(torch.cat([x[:3], x[4:]]), mixture.parameters, mixture.covariance, moments=moments)
+    sums = expectation(x, mixture.parameters, mixture.covariance, weights, moments=moments)
+    clean = expectation(torch.cat([x[:3], x[4:]]), mixture.parameters, mixture.covariance, moments=moments)
     assert (sums.rows, sums.skipped) == (9, 1)
     assert_near(sums.sums()[:5], clean.sums()[:5])
 
@@ -197,7 +199,7 @@ def test_the_sums_do_not_depend_on_the_chunk_size(family, moments, chunk_size, g
     mixture = random_mixture(family, generator)
     x = rows_of(mixture, 30, generator)
     weight, prior = torch.rand(30, generator=generator).double(), torch.randn(30, 3, generator=generator).double()
-    e_step = lambda size: functional.expectation(  # noqa: E731
+    e_step = lambda size: expectation(  # noqa: E731
         x, mixture.parameters, mixture.covariance, weight, prior, moments=moments, chunk_size=size
     )
     assert_near(e_step(chunk_size)[:-1], e_step(None)[:-1])
@@ -206,7 +208,7 @@ def test_the_sums_do_not_depend_on_the_chunk_size(family, moments, chunk_size, g
 @FORMS
 def test_sums_of_no_rows_are_zero(family, moments, generator):
     mixture = random_mixture(family, generator)
-    sums = functional.expectation(torch.empty(0, 2).double(), mixture.parameters, mixture.covariance, moments=moments)
+    sums = expectation(torch.empty(0, 2).double(), mixture.parameters, mixture.covariance, moments=moments)
     assert all((s == 0).all() for s in sums.sums())
     assert torch.isnan(sums.mean_log_likelihood())
 
@@ -216,8 +218,8 @@ def test_the_e_step_and_the_m_step_need_no_value_on_the_host(family, moments, ge
     """On a device that holds no values every look at one raises."""
     mixture = random_mixture(family, generator)
     parameters, x = Parameters(*(p.to("meta") for p in mixture.parameters)), torch.empty(30, 2, device="meta").double()
-    sums = functional.expectation(x, parameters, mixture.covariance, moments=moments, chunk_size=7)
-    new = functional.maximize(sums, parameters, mixture.covariance, 1e-3, reg_covar_relative=True)
+    sums = expectation(x, parameters, mixture.covariance, moments=moments, chunk_size=7)
+    new = maximize(sums, parameters, mixture.covariance, 1e-3, reg_covar_relative=True)
     assert [p.shape for p in new] == [p.shape for p in mixture.parameters]
     assert functional.log_density(x, new, mixture.covariance).shape == (30,)
 
@@ -243,8 +245,8 @@ def test_the_gradient_of_the_expected_log_likelihood_is_zero_at_the_m_step(famil
     mixture = random_mixture(family, generator, n_features=3)
     x = rows_of(mixture, 200, generator)
     r = joint(x, *mixture.parameters[:2], mixture.covariances).softmax(-1)
-    sums = functional.expectation(x, mixture.parameters, mixture.covariance, moments=moments)
-    new = functional.maximize(sums, mixture.parameters, mixture.covariance)
+    sums = expectation(x, mixture.parameters, mixture.covariance, moments=moments)
+    new = maximize(sums, mixture.parameters, mixture.covariance)
     free = [p.clone().requires_grad_() for p in (new.weights.log(), new.means, covariances_of(new, mixture.covariance))]
 
     def expected_log_likelihood(logits, means, covariances):
@@ -262,7 +264,7 @@ def test_maximize_returns_the_parameters_whose_expected_sums_it_gets(family, gen
     mixture = random_mixture(family, generator)
     sums = statistics_of(*mixture.parameters[:2], mixture.covariances, mixture.covariance)
     other = random_mixture(family, generator).parameters
-    new = functional.maximize(sums.scale(7.0), other, mixture.covariance)
+    new = maximize(sums.scale(7.0), other, mixture.covariance)
     assert_near(new, mixture.parameters)
 
 
@@ -270,7 +272,7 @@ def test_expected_sums_are_those_of_many_drawn_rows(family, generator):
     mixture = random_mixture(family, generator)
     sums = statistics_of(*mixture.parameters[:2], mixture.covariances, mixture.covariance)
     draws = distribution(*mixture.parameters[:2], mixture.covariances).sample((40_000,))
-    drawn = functional.expectation(draws, mixture.parameters, mixture.covariance).scale(1 / 40_000)
+    drawn = expectation(draws, mixture.parameters, mixture.covariance).scale(1 / 40_000)
     torch.testing.assert_close(drawn.count, sums.count, rtol=0, atol=0.02)
     torch.testing.assert_close(drawn.second, sums.second, rtol=0, atol=0.05)
     assert sums.weight() == pytest.approx(1.0, abs=1e-15)
@@ -282,8 +284,8 @@ def test_a_component_without_rows_keeps_its_mean_and_covariance_and_gets_no_weig
     old = mixture.parameters._replace(means=mixture.parameters.means.clone())
     old.means[1] = 1e4
     x = rows_of(mixture, 50, generator) % 3
-    sums = functional.expectation(x, old, mixture.covariance, moments=moments)
-    new = functional.maximize(sums, old, mixture.covariance)
+    sums = expectation(x, old, mixture.covariance, moments=moments)
+    new = maximize(sums, old, mixture.covariance)
     assert new.weights[1] == 0
     assert new.weights.sum() == pytest.approx(1.0, abs=1e-15)
     assert torch.equal(new.means[1], old.means[1])
@@ -295,8 +297,8 @@ def test_a_component_without_rows_keeps_its_mean_and_covariance_and_gets_no_weig
 
 def test_without_any_row_nothing_changes(family, generator):
     mixture = random_mixture(family, generator)
-    sums = functional.expectation(torch.full((5, 2), torch.nan).double(), mixture.parameters, mixture.covariance)
-    new = functional.maximize(sums, mixture.parameters, mixture.covariance, reg_covar=1.0)
+    sums = expectation(torch.full((5, 2), torch.nan).double(), mixture.parameters, mixture.covariance)
+    new = maximize(sums, mixture.parameters, mixture.covariance, reg_covar=1.0)
     for after, before in zip(new, mixture.parameters, strict=True):
         assert torch.equal(after, before)
 
@@ -314,9 +316,9 @@ def test_singular_covariances_without_regularisation_leave_the_mixture_finite(fa
     }[data]
     parameters = mixture.parameters
     for _ in range(10):
-        sums = functional.expectation(x, parameters, mixture.covariance)
+        sums = expectation(x, parameters, mixture.covariance)
         assert sums.skipped == 0
-        parameters = functional.maximize(sums, parameters, mixture.covariance)
+        parameters = maximize(sums, parameters, mixture.covariance)
         assert all(torch.isfinite(p).all() for p in parameters)
         assert parameters.weights.sum() == pytest.approx(1.0, abs=1e-6)
     assert torch.isfinite(functional.log_density(x, parameters, mixture.covariance)).all()
@@ -327,7 +329,7 @@ def test_a_covariance_without_factor_is_lifted_on_its_diagonal(family, generator
     mixture = random_mixture(family, generator)
     singular = torch.tensor([[1.0, 1.0], [1.0, 1.0]]).double().expand_as(mixture.covariances).clone()
     sums = statistics_of(*mixture.parameters[:2], singular, mixture.covariance)
-    new = functional.maximize(sums, mixture.parameters, mixture.covariance)
+    new = maximize(sums, mixture.parameters, mixture.covariance)
     error = covariances_of(new, mixture.covariance) - singular
     torch.testing.assert_close(error, 1e-6 * torch.eye(2).double().expand_as(error), rtol=0, atol=1e-15)
 
@@ -335,7 +337,7 @@ def test_a_covariance_without_factor_is_lifted_on_its_diagonal(family, generator
 def test_regularisation_is_added_to_the_diagonal_of_each_covariance(family, generator):
     mixture = random_mixture(family, generator)
     sums = statistics_of(*mixture.parameters[:2], mixture.covariances, mixture.covariance)
-    new = functional.maximize(sums, mixture.parameters, mixture.covariance, reg_covar=0.25)
+    new = maximize(sums, mixture.parameters, mixture.covariance, reg_covar=0.25)
     got = dense(covariances_of(new, mixture.covariance), 2) - dense(mixture.covariances, 2)
     assert_near(got, 0.25 * torch.eye(2).double().expand_as(got))
 
@@ -343,9 +345,9 @@ def test_regularisation_is_added_to_the_diagonal_of_each_covariance(family, gene
 def test_relative_regularisation_is_a_fraction_of_the_mean_variance_of_the_data(family, generator):
     mixture = random_mixture(family, generator)
     x = rows_of(mixture, 100, generator)
-    sums = functional.expectation(x, mixture.parameters, mixture.covariance)
-    plain = functional.maximize(sums, mixture.parameters, mixture.covariance)
-    ridged = functional.maximize(sums, mixture.parameters, mixture.covariance, 0.1, reg_covar_relative=True)
+    sums = expectation(x, mixture.parameters, mixture.covariance)
+    plain = maximize(sums, mixture.parameters, mixture.covariance)
+    ridged = maximize(sums, mixture.parameters, mixture.covariance, 0.1, reg_covar_relative=True)
     got = dense(covariances_of(ridged, mixture.covariance), 2) - dense(covariances_of(plain, mixture.covariance), 2)
     ridge = 0.1 * x.var(0, correction=0).mean()
     assert_near(got, ridge * torch.eye(2).double().expand_as(got))
@@ -357,8 +359,8 @@ def test_with_relative_regularisation_other_units_change_nothing_but_units(famil
     x = rows_of(mixture, 100, generator)
 
     def step(x, parameters):
-        sums = functional.expectation(x, parameters, mixture.covariance)
-        return functional.maximize(sums, parameters, mixture.covariance, 1e-2, reg_covar_relative=True)
+        sums = expectation(x, parameters, mixture.covariance)
+        return maximize(sums, parameters, mixture.covariance, 1e-2, reg_covar_relative=True)
 
     def rescaled(p):
         return Parameters(p.weights, p.means * scale, p.factor / scale)
@@ -377,8 +379,8 @@ def test_a_float32_step_far_from_zero_agrees_with_float64(family, moments, offse
     x = rows_of(mixture, 500, generator, torch.float32)
 
     def step(x, parameters):
-        sums = functional.expectation(x, parameters, mixture.covariance, moments=moments)
-        return functional.maximize(sums, parameters, mixture.covariance)
+        sums = expectation(x, parameters, mixture.covariance, moments=moments)
+        return maximize(sums, parameters, mixture.covariance)
 
     got, oracle = step(x, mixture.parameters), step(x.double(), mixture.parameters.to(torch.float64))
     torch.testing.assert_close(got.weights.double(), oracle.weights, rtol=1e-5, atol=0)
@@ -397,8 +399,8 @@ def test_the_whitened_form_is_accurate_for_narrow_components_far_apart_in_float3
     x = (means.repeat(200, 1) + 0.01 * torch.randn(600, 3, generator=generator).double()).float()
 
     def step(x, parameters):
-        sums = functional.expectation(x, parameters, mixture.covariance)
-        return functional.maximize(sums, parameters, mixture.covariance)
+        sums = expectation(x, parameters, mixture.covariance)
+        return maximize(sums, parameters, mixture.covariance)
 
     got, oracle = step(x, parameters).to(torch.float64), step(x.double(), parameters.to(torch.float64))
     torch.testing.assert_close(got.means, oracle.means, rtol=0, atol=2e-7)
@@ -413,7 +415,7 @@ def test_conditioning_is_the_squared_range_in_standard_deviations_of_the_narrowe
     scale = torch.tensor([1.0, 2.0, 0.5]).double()
     precision = torch.linalg.inv(dense(mixture.covariances, 3)).abs()
     oracle = (scale @ precision @ scale).max()
-    assert_near(functional.conditioning(scale, mixture.parameters, mixture.covariance), oracle)
+    assert_near(conditioning(scale, mixture.parameters, mixture.covariance), oracle)
 
 
 def test_the_mean_of_a_mixture_is_that_of_its_distribution(family, generator):
@@ -424,7 +426,7 @@ def test_the_mean_of_a_mixture_is_that_of_its_distribution(family, generator):
 
 def test_statistics_carry_the_structure_that_shaped_them(family, generator):
     mixture = random_mixture(family, generator)
-    sums = functional.expectation(rows_of(mixture, 5, generator), mixture.parameters, mixture.covariance)
+    sums = expectation(rows_of(mixture, 5, generator), mixture.parameters, mixture.covariance)
     assert isinstance(sums, Statistics)
     assert sums.covariance == mixture.covariance
     assert sums.second.shape == mixture.covariances.shape

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tgmm_nn.statistics import Parameters
 
-__all__ = ["HARD", "SOFT", "Assignment", "responsibilities", "revivable"]
+__all__ = ["HARD", "LOG2_E", "SOFT", "Assignment", "Shares", "responsibilities", "revivable"]
 
 LOG2_E = math.log2(math.e)
 
@@ -43,46 +43,70 @@ class Assignment(NamedTuple):
 SOFT, HARD = Assignment(), Assignment(hard=True)
 
 
+class Shares(NamedTuple):
+    """How rows were shared.
+
+    Attributes:
+        r: Responsibilities times the rows' weights, shape ``(K, n)``.
+        weight: Weights of the rows, 0 where one did not enter, shape ``(n,)``.
+        log_likelihood: Weighted sum of the rows' log-densities, in nats.
+        classification: The same of each row's largest weighted component density.
+        usable: Which rows entered, shape ``(n,)``.
+    """
+
+    r: Tensor
+    weight: Tensor
+    log_likelihood: Tensor
+    classification: Tensor
+    usable: Tensor
+
+
 def responsibilities(
     joint: Tensor, usable: Tensor, sample_weight: Tensor | None, log_prior: Tensor | None, assignment: Assignment
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return weighted responsibilities ``(K, n)``, both weighted log-likelihoods, and which rows entered.
+) -> Shares:
+    """Share rows among components.
 
-    Components come first, since a softmax over the first axis runs along the rows. The exponential is taken in base 2:
-    where it underflows, as it does for components far apart, the natural one is many times slower on a CPU.
+    Components come first, since a softmax over the first axis runs along the rows. All is in base 2: where it
+    underflows, as it does for components far apart, the natural exponential is many times slower on a CPU.
 
     Args:
-        joint: Log of each weighted component density, shape ``(K, n)``.
+        joint: Logarithm in base 2 of each weighted component density, shape ``(K, n)``.
         usable: Which rows may enter, shape ``(n,)``.
         sample_weight: Weight of each row, shape ``(n,)``.
-        log_prior: Log-prior of each row over components, shape ``(n, K)``.
+        log_prior: Log-prior of each row over components in nats, shape ``(n, K)``.
         assignment: How a row is shared among components.
     """
     if log_prior is not None:
-        joint = joint + log_prior.mT
-    largest, best = joint.max(0)
-    r = torch.exp2((joint - largest) * LOG2_E)
-    total = r.sum(0)
-    log_p = largest + total.log()
-    usable = usable & torch.isfinite(log_p)
+        joint = torch.add(joint, log_prior.mT, alpha=LOG2_E)
+    r, largest, total = _softmax(joint)
+    log_p = largest + total.log2()
+    usable, scores = usable & (log_p.abs() < math.inf), joint
     if assignment.is_tilted:
         scores = joint / assignment.temperature
         if assignment.offset is not None:
-            scores = scores + assignment.offset[:, None]
-        most, best = scores.max(0)
-        r = torch.exp2((scores - most) * LOG2_E)
-        total, usable = r.sum(0), usable & torch.isfinite(most)
+            scores = torch.add(scores, assignment.offset[:, None], alpha=LOG2_E)
+        r, _, total = _softmax(scores)
+        usable = usable & (total > 0)
     weight = usable.to(joint.dtype)
     if sample_weight is not None:
         sample_weight = sample_weight.to(joint.dtype)
         usable = usable & torch.isfinite(sample_weight) & (sample_weight >= 0)
         weight = torch.where(usable, sample_weight, 0.0)
     if assignment.hard:
-        r = torch.zeros_like(r).scatter_(0, best[None], weight[None])
+        r = torch.zeros_like(r).scatter_(0, scores.argmax(0)[None], weight[None])
     else:
-        r = torch.where(usable, r * (weight / total), 0.0)
+        r.mul_(torch.where(usable, weight / total, 0.0))
+    if log_prior is not None:  # which may be nan
+        r = torch.where(usable, r, 0.0)
     log_likelihood, classification = (torch.where(usable, value * weight, 0.0).sum() for value in (log_p, largest))
-    return r, log_likelihood, classification, usable
+    return Shares(r, weight, log_likelihood / LOG2_E, classification / LOG2_E, usable)
+
+
+def _softmax(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return powers of two relative to the largest of each row, that largest score, and the sum of the powers."""
+    largest = scores.amax(0)
+    r = (scores - torch.where(largest > -math.inf, largest, 0.0)).exp2_()
+    return r, largest, r.sum(0)
 
 
 def revivable(parameters: Parameters) -> Parameters:

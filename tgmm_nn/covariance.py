@@ -164,6 +164,13 @@ class Covariance(ABC):
     def normals(self, means: Tensor, factor: Tensor) -> Distribution:
         """Return the components as one batch of distributions, for means ``(K, d)``; differentiable."""
 
+    def is_narrow(self, n_features: int) -> bool:
+        """Return whether what tells components apart in a row is a product with about as many numbers as it has.
+
+        That of tied covariances is one with the row itself: their quadratic term is the same for all components.
+        """
+        return self.tied or self.n_parameters(n_features) <= n_features
+
     def mean_diagonal(self, element: Tensor) -> Tensor:
         """Return the mean of each element's diagonal: the mean variance per feature."""
         return self.variances(element).mean(-1)
@@ -298,7 +305,12 @@ class Full(Covariance):
         return self.pool((y * r.unsqueeze(-1)).mT @ y)
 
     def features(self, x: Tensor) -> Tensor:
-        return torch.cat([x[i:] * x[i] for i in range(len(x))])
+        x = x.contiguous()
+        d, n = x.shape
+        pairs = x.new_empty(d * (d + 1) // 2, n)
+        for i, rows in enumerate(pairs.split(list(range(d, 0, -1)))):
+            torch.mul(x[i:], x[i], out=rows)  # a list of products would be copied once more
+        return pairs
 
     def dual(self, matrix: Tensor, n_features: int) -> Tensor:
         i, j = self._pairs(matrix)

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from tgmm_nn import functional
 from tgmm_nn.assignment import HARD, SOFT, Assignment
 from tgmm_nn.covariance import Covariance
 from tgmm_nn.data import Rows, Survey
-from tgmm_nn.functional import Parameters
-from tgmm_nn.maximization import EVERYTHING, Learned
+from tgmm_nn.expectation import conditioning, expectation, moment_width
+from tgmm_nn.functional import mixture_mean
+from tgmm_nn.maximization import EVERYTHING, Learned, estimate_covariances, maximize
 from tgmm_nn.priors import Priors
-from tgmm_nn.statistics import Statistics
+from tgmm_nn.statistics import Parameters, Statistics
 
 __all__ = ["Fit", "Options", "Report", "fit_from", "progress", "sum_over"]
 
@@ -38,12 +38,12 @@ class Options(NamedTuple):
     def maximize(self, statistics: Statistics, current: Parameters) -> Parameters:
         """Return the M-step at ``statistics``."""
         ridge = (self.reg_covar, self.reg_covar_relative)
-        return functional.maximize(statistics, current, self.covariance, *ridge, self.priors, self.learned)
+        return maximize(statistics, current, self.covariance, *ridge, self.priors, self.learned)
 
     def singular(self, statistics: Statistics, dtype: torch.dtype) -> list[int]:
         """Return the elements that rows of a dtype determine as covariances which are singular to its precision."""
         ridge = (self.reg_covar, self.reg_covar_relative)
-        element, known = functional.estimate_covariances(statistics, self.covariance, *ridge, self.priors)
+        element, known = estimate_covariances(statistics, self.covariance, *ridge, self.priors)
         positive = self.covariance.is_positive(element, torch.finfo(dtype).eps)
         return (known & ~positive).nonzero().flatten().tolist()
 
@@ -107,7 +107,7 @@ def sum_over(
     """Return the E-step's sums of one pass over all rows; ``checked`` raises where one is not finite."""
     how: dict[str, Any] = {"assignment": assignment, "moments": moments, "chunk_size": chunk_size}
     with data.checked_batches() if checked else data.batches() as batches:
-        sums = (functional.expectation(rows, parameters, covariance, *of_rows, **how) for rows, *of_rows in batches)
+        sums = (expectation(rows, parameters, covariance, *of_rows, **how) for rows, *of_rows in batches)
         total = next(sums, None)
         if total is None:
             raise ValueError("Expected `x` to give at least one batch of rows, but it gave none.")
@@ -136,12 +136,12 @@ def fit_from(start: Parameters, data: Rows, found: Survey, options: Options, rep
     """
     parameters, history, covariance = start, list[float](), options.covariance
     bound = torch.finfo(found.dtype).eps ** -0.5
-    narrower = functional.moment_width(parameters, covariance) <= parameters.means.numel()
+    narrower = moment_width(start.means.shape[1], covariance) <= parameters.means.numel()
 
     def expect() -> Statistics:
         """Make an E-step, and write its objective down."""
-        scale = found.scale(functional.mixture_mean(parameters))  # moments are taken about the mixture's mean
-        moments = narrower and bool(functional.conditioning(scale, parameters, covariance) <= bound)
+        scale = found.scale(mixture_mean(parameters))  # moments are taken about the mixture's mean
+        moments = narrower and bool(conditioning(scale, parameters, covariance) <= bound)
         how: dict[str, Any] = {
             "assignment": HARD if options.cem else SOFT,
             "moments": moments,

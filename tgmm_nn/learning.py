@@ -10,14 +10,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from tgmm_nn import functional
 from tgmm_nn.data import Rows, Survey, is_stream, survey
 from tgmm_nn.density import full_precision
 from tgmm_nn.fitting import Fit, Options, fit_from, progress
-from tgmm_nn.functional import Parameters
+from tgmm_nn.functional import distance
 from tgmm_nn.initialization import Start, n_candidates
-from tgmm_nn.maximization import EVERYTHING, Learned
-from tgmm_nn.statistics import Statistics, statistics_of
+from tgmm_nn.maximization import EVERYTHING, Learned, maximize
+from tgmm_nn.statistics import Parameters, Statistics, statistics_of
 from tgmm_nn.steps import MixtureSteps
 
 __all__ = ["MixtureEM"]
@@ -170,7 +169,7 @@ class MixtureEM(MixtureSteps):
                 "kept from before. Raise `reg_covar`, or set a `covariance_prior`."
             )
         narrow = fit.parameters.means.to(self.means_.dtype).to(fit.parameters.means)
-        away = functional.distance(narrow, fit.parameters, self.covariance)
+        away = distance(narrow, fit.parameters, self.covariance)
         if rounded := (away > 0.1).nonzero().flatten().tolist():
             yield (
                 f"The means of {rounded} are rounded to {self.means_.dtype} by up to {float(away.max()):.2g} of their "
@@ -206,6 +205,6 @@ class MixtureEM(MixtureSteps):
                 # Equal weights here, since an M-step keeps neither mean nor covariance of one that weighs nothing.
                 equal = torch.full_like(weights, 1.0 / len(weights))
                 sums = statistics_of(equal, means, elements, self.covariance)
-                start = functional.maximize(sums, self._fresh(), self.covariance, *ridge)
+                start = maximize(sums, self._fresh(), self.covariance, *ridge)
                 sums = statistics_of(weights, means, elements, self.covariance)
             yield Parameters(weights, start.means, start.factor), sums

@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tgmm_nn import checks, functional
+from tgmm_nn import checks
 from tgmm_nn.assignment import HARD, SOFT, Assignment
 from tgmm_nn.data import Rows, is_stream
 from tgmm_nn.density import full_precision
+from tgmm_nn.expectation import expectation
 from tgmm_nn.fitting import Options, sum_over
-from tgmm_nn.functional import Parameters
 from tgmm_nn.initialization import reseed
 from tgmm_nn.maximization import EVERYTHING, Learned
 from tgmm_nn.state import MixtureState
-from tgmm_nn.statistics import Statistics
+from tgmm_nn.statistics import Parameters, Statistics
 from tgmm_nn.transport import sinkhorn
 
 __all__ = ["MixtureSteps"]
@@ -314,7 +314,7 @@ class MixtureSteps(MixtureState):
         rows, *of_rows = self._flat(x, sample_weight, log_prior)
         how: dict[str, Any] = {"assignment": assignment or self._assignment(), "chunk_size": self.chunk_size}
         with full_precision(rows.device):
-            return functional.expectation(rows, self._snapshot(), self.covariance, *of_rows, **how)
+            return expectation(rows, self._snapshot(), self.covariance, *of_rows, **how)
 
     def _flat(self, x: Any, sample_weight: Any, log_prior: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return rows ``(n, d)``, their weights and log-priors, checked and without gradient."""

@@ -1,0 +1,235 @@
+r"""The E-step: the sums that an M-step needs, in two forms with one result.
+
+`whitened_statistics` forms :math:`y = P_k^\top (x - \mu_k)` for every component and sums about each component's own
+mean: as accurate as the dtype can be. `moment_statistics` writes the mixture as an exponential family, with two matrix
+products in all: faster, and accurate where the dtype has digits for the squared range of the data (`conditioning`).
+`expectation` takes one of them by a stated rule.
+
+Notation is that of `tgmm_nn.functional`. Nothing here reads a value on the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from tgmm_nn.assignment import LOG2_E, SOFT, Assignment, Shares, responsibilities, revivable
+from tgmm_nn.covariance import Covariance
+from tgmm_nn.functional import (
+    chunks,
+    joint_of_whitened,
+    mask_rows,
+    mixture_mean,
+    natural_parameters,
+    rows_per_chunk,
+)
+from tgmm_nn.statistics import Parameters, Statistics, accumulator_dtype
+
+__all__ = [
+    "conditioning",
+    "expectation",
+    "moment_statistics",
+    "moment_width",
+    "whitened_statistics",
+]
+
+Sums = tuple[Tensor, ...]
+
+
+def expectation(
+    x: Tensor,
+    parameters: Parameters,
+    covariance: Covariance,
+    sample_weight: Tensor | None = None,
+    log_prior: Tensor | None = None,
+    *,
+    assignment: Assignment = SOFT,
+    moments: bool = False,
+    chunk_size: int | None = None,
+) -> Statistics:
+    """Make an E-step over any number of rows.
+
+    The form is chosen by shapes alone, but for ``moments``, where a caller who may look at values has done so:
+
+    - ``moments``: `moment_statistics` in the dtype of the rows;
+    - else, where a row's moments are hardly more numbers than the row (`Covariance.is_narrow`: all families but the
+      untied full one): `moment_statistics` in float64, whose digits are enough for any range that float32 rows have;
+    - else, and on devices without float64: `whitened_statistics`.
+
+    Args:
+        x: Rows, shape ``(n, d)``.
+        parameters: Parameters of the E-step, in any dtype.
+        covariance: Structure of the covariances.
+        sample_weight: Non-negative weight of each row, shape ``(n,)``.
+        log_prior: Log-prior of each row over components, shape ``(n, K)``.
+        assignment: How a row is shared among components.
+        moments: Whether `conditioning` allows moments in the dtype of the rows.
+        chunk_size: Rows in a chunk; None chooses by the size of the arrays.
+    """
+    if assignment.offset is not None:
+        parameters = revivable(parameters)
+    wide = accumulator_dtype(x.device)
+    narrow = covariance.is_narrow(x.shape[-1]) and wide == torch.float64
+    of_rows = (sample_weight, log_prior, assignment)
+    if moments or narrow:
+        dtype = x.dtype if moments else wide
+        return moment_statistics(x, parameters, covariance, *of_rows, dtype=dtype, chunk_size=chunk_size)
+    return whitened_statistics(x, parameters, covariance, *of_rows, chunk_size=chunk_size)
+
+
+def whitened_statistics(
+    x: Tensor,
+    parameters: Parameters,
+    covariance: Covariance,
+    sample_weight: Tensor | None = None,
+    log_prior: Tensor | None = None,
+    assignment: Assignment = SOFT,
+    *,
+    chunk_size: int | None = None,
+) -> Statistics:
+    r"""Sum what the M-step needs, about each component's own mean.
+
+    With :math:`y_{nk} = P_k^\top (x_n - \mu_k)` the sums :math:`\sum_n r_{nk} y_{nk}` and
+    :math:`\sum_n r_{nk} y_{nk} y_{nk}^\top` are of order one wherever the component is and however narrow; they are
+    mapped back by :math:`P_k^{-\top}` in float64. Rows that are not finite (or so far away that their squared length is
+    not) are left out, without reading a value on the host.
+
+    Args:
+        x: Rows, shape ``(n, d)``.
+        parameters: Parameters of the E-step; centred in their own dtype, then used in that of ``x``.
+        covariance: Structure of the covariances.
+        sample_weight: Non-negative weight of each row, shape ``(n,)``; a row of weight 2 counts as two rows.
+        log_prior: Log-prior of each row over components in nats, shape ``(n, K)``, added to the joint; −inf forbids a
+            component, and a row for which all are forbidden counts as skipped.
+        assignment: How a row is shared among components.
+        chunk_size: Rows in a chunk; None chooses by the size of the arrays.
+
+    Returns:
+        Statistics about ``parameters.means``, totals in float64 (float32 where the device has no float64).
+
+    References:
+        Dempster, Laird and Rubin, Maximum likelihood from incomplete data via the EM algorithm, 1977.
+    """
+    wide, (n_components, n_features) = accumulator_dtype(x.device), parameters.means.shape
+    origin = mixture_mean(parameters).to(x.dtype)
+    about = parameters._replace(means=parameters.means - origin).to(x.dtype)
+    # Where a component is so narrow, or so far, that |y|² overflows, 0 · inf would make its sums nan.
+    bound = (torch.finfo(x.dtype).max / n_features) ** 0.5
+
+    def sums(rows: Tensor, weight: Tensor | None, prior: Tensor | None) -> Sums:
+        rows, squared = mask_rows(rows - origin)
+        y = covariance.whiten(rows, about.means, about.factor)
+        joint = joint_of_whitened(y, about, covariance).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+        shares = responsibilities(joint * LOG2_E, squared < math.inf, weight, prior, assignment)
+        y = y.clamp(-bound, bound).nan_to_num(0.0)
+        first = (shares.r.unsqueeze(1) @ y).squeeze(1)
+        return _wide(wide, first, covariance.whitened_second(y, shares.r), shares)
+
+    size = chunk_size or rows_per_chunk(n_components * n_features, x.element_size())
+    first, second, *totals = _sum_of_chunks(sums, chunks(size, x, sample_weight, log_prior))
+    root = covariance.root(about.factor.to(wide))
+    first, second = covariance.apply(root, first), covariance.congruence(root, second)
+    return _statistics(first, second, totals, origin.to(wide) + about.means.to(wide), covariance)
+
+
+def moment_statistics(
+    x: Tensor,
+    parameters: Parameters,
+    covariance: Covariance,
+    sample_weight: Tensor | None = None,
+    log_prior: Tensor | None = None,
+    assignment: Assignment = SOFT,
+    *,
+    dtype: torch.dtype | None = None,
+    chunk_size: int | None = None,
+) -> Statistics:
+    r"""Sum the same as `whitened_statistics`, about one reference point and by matrix products.
+
+    With :math:`\phi(x) = [1, \tilde x, [\tilde x \tilde x^\top]]` about the reference point o, and
+    :math:`A_k = P_k P_k^\top`,
+
+    .. math::
+        \log \pi_k N(x_n; \mu_k, \Sigma_k) = \langle \phi(x_n), \theta_k \rangle, \qquad
+        \theta_k = [\log \pi_k + \log |P_k| - \tfrac d2 \log 2\pi - \tfrac12 \tilde\mu_k^\top A_k \tilde\mu_k,\;
+        A_k \tilde\mu_k,\; -\tfrac12 A_k],
+
+    and the sums are :math:`\sum_n r_{nk} \phi(x_n)`. Where A is tied, its term is the same for all components: it
+    cancels in the responsibilities, and enters the likelihood only as the trace
+    :math:`-\tfrac12 \mathrm{tr}(A \sum_n w_n \tilde x_n \tilde x_n^\top)`. The relative error of a covariance is about
+    `conditioning` times the epsilon of ``dtype``.
+
+    Args and returns are those of `whitened_statistics`, but for the reference point, the mixture's mean, and:
+        dtype: What the products are formed in; None is the dtype of ``x``.
+    """
+    wide, dtype, n_features = accumulator_dtype(x.device), dtype or x.dtype, x.shape[-1]
+    origin = mixture_mean(parameters).to(x.dtype)
+    constant, linear, quadratic = (
+        LOG2_E * theta.to(dtype) for theta in natural_parameters(parameters, origin, covariance)
+    )
+
+    def sums(rows: Tensor, weight: Tensor | None, prior: Tensor | None) -> Sums:
+        rows, squared = mask_rows(rows - origin)
+        columns = rows.to(dtype).mT
+        joint = torch.addmm(constant[:, None], linear, columns)
+        if covariance.tied:
+            shares = responsibilities(joint, squared < math.inf, weight, prior, assignment)
+            second = covariance.whitened_second(columns.mT[None], shares.weight[None])
+        else:
+            features = covariance.features(columns)
+            shares = responsibilities(joint.addmm_(quadratic, features), squared < math.inf, weight, prior, assignment)
+            second = shares.r @ features.mT
+        return _wide(wide, shares.r @ columns.mT, second, shares)
+
+    size = chunk_size or rows_per_chunk(max(len(linear), moment_width(n_features, covariance)), dtype.itemsize)
+    first, second, *totals = _sum_of_chunks(sums, chunks(size, x, sample_weight, log_prior))
+    if covariance.tied:
+        precision = covariance.square(parameters.factor.to(wide))
+        trace = -0.5 * covariance.inner(precision, second, n_features).squeeze(0)
+        count, log_likelihood, classification, *rows = totals
+        totals = [count, log_likelihood + trace, classification + trace, *rows]
+    else:
+        second = covariance.unpack(second, n_features)
+    return _statistics(first, second, totals, origin, covariance)
+
+
+def moment_width(n_features: int, covariance: Covariance) -> int:
+    """Return how many numbers `moment_statistics` forms from a row; `whitened_statistics` forms K · d."""
+    return 1 + n_features + (0 if covariance.tied else covariance.n_parameters(n_features))
+
+
+def conditioning(scale: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
+    r"""Return the squared range of the data in standard deviations of its narrowest component.
+
+    .. math:: b = \max_k s^\top |A_k| s, \qquad A_k = P_k P_k^\top
+
+    The covariance error of `moment_statistics` is at most about b times the dtype's epsilon.
+
+    Args:
+        scale: Root mean square s of each feature about the reference point, shape ``(d,)``.
+        parameters: Parameters of the E-step.
+        covariance: Structure of the covariances.
+    """
+    precision = covariance.square(parameters.factor).abs()
+    return (covariance.dual(precision, len(scale)) @ covariance.features(scale[:, None])).amax()
+
+
+def _sum_of_chunks(sums: Callable[..., Sums], parts: Iterator[tuple[Tensor, Tensor | None, Tensor | None]]) -> Sums:
+    """Return the total of what ``sums`` makes of each chunk."""
+    return reduce(lambda a, b: tuple(map(torch.add, a, b)), (sums(*part) for part in parts))
+
+
+def _wide(wide: torch.dtype, first: Tensor, second: Tensor, shares: Shares) -> Sums:
+    """Return the sums of a chunk in the dtype of totals."""
+    totals = (shares.r.sum(-1), shares.log_likelihood, shares.classification, shares.usable.sum())
+    return tuple(value.to(wide) for value in (first, second, *totals, shares.usable.logical_not().sum()))
+
+
+def _statistics(
+    first: Tensor, second: Tensor, totals: list[Tensor], origin: Tensor, covariance: Covariance
+) -> Statistics:
+    count, log_likelihood, classification, rows, skipped = totals
+    return Statistics(count, first, second, log_likelihood, classification, rows, skipped, origin, covariance)
