@@ -22,6 +22,7 @@ The factor of a covariance Σ is P with :math:`\Sigma^{-1} = P P^\top`; :math:`y
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,8 +98,8 @@ class Covariance(ABC):
         """Return which elements are factors: triangular, with a positive diagonal."""
 
     @abstractmethod
-    def factor(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the factor P of each covariance, and which of them exist."""
+    def factor(self, covariance: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """Return the factor P of each covariance in ``dtype``, or its own, and which of them exist there."""
 
     @abstractmethod
     def root(self, factor: Tensor) -> Tensor:
@@ -264,10 +265,10 @@ class Full(Covariance):
     def is_factor(self, factor: Tensor) -> Tensor:
         return (self.variances(factor) > 0).all(-1) & (factor.tril(-1) == 0).all(-1).all(-1)
 
-    def factor(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    def factor(self, covariance: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         lower, info = torch.linalg.cholesky_ex(covariance)
-        factor = _inverse_of_lower(lower).mT
-        return factor, (info == 0) & torch.isfinite(factor).all(-1).all(-1)
+        factor = _inverse_of_lower(lower).mT.to(dtype or covariance.dtype)
+        return factor, (info == 0) & (factor.abs().amax((-2, -1)) < torch.inf)
 
     def root(self, factor: Tensor) -> Tensor:
         return _inverse_of_lower(factor.mT)
@@ -279,7 +280,9 @@ class Full(Covariance):
         return (element @ rows.unsqueeze(-1)).squeeze(-1)
 
     def congruence(self, root: Tensor, second: Tensor) -> Tensor:
-        return root @ second @ root.mT
+        blocks = list(_blocks(root.shape[-1]))
+        half = torch.cat([root[..., i:j, :j] @ second[..., :j, :] for i, j in blocks], -2)
+        return _symmetric([half[..., i:j, :j] @ root[..., :j, :j].mT for i, j in blocks])
 
     def log_det(self, factor: Tensor, n_features: int) -> Tensor:
         return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
@@ -298,11 +301,13 @@ class Full(Covariance):
         return regression, self.block(covariance, rest) - half.mT @ half
 
     def whiten(self, x: Tensor, means: Tensor, factor: Tensor) -> Tensor:
-        # One product for each factor; the means are whitened apart and subtracted.
-        return x.expand(len(factor), -1, -1).bmm(factor) - means.unsqueeze(-2) @ factor
+        # One product for each factor and block of its columns; the means are whitened apart and subtracted.
+        rows, shift, blocks = x.expand(len(factor), -1, -1), means.unsqueeze(-2) @ factor, _blocks(x.shape[-1])
+        return torch.cat([rows[..., :j].bmm(factor[..., :j, i:j]) - shift[..., i:j] for i, j in blocks], -1)
 
     def whitened_second(self, y: Tensor, r: Tensor) -> Tensor:
-        return self.pool((y * r.unsqueeze(-1)).mT @ y)
+        weighted, d = (y * r.unsqueeze(-1)).mT, y.shape[-1]
+        return _symmetric([self.pool(weighted[..., i:j, :] @ y[..., :j]) for i, j in _blocks(d)])
 
     def features(self, x: Tensor) -> Tensor:
         x = x.contiguous()
@@ -393,9 +398,9 @@ class Diagonal(Uncorrelated):
     def matrix(self, element: Tensor, n_features: int) -> Tensor:
         return torch.diag_embed(element)
 
-    def factor(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
-        factor = covariance.rsqrt()
-        return factor, torch.isfinite(factor).all(-1)
+    def factor(self, covariance: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        factor = covariance.rsqrt().to(dtype or covariance.dtype)
+        return factor, factor.amax(-1) < torch.inf
 
     def apply(self, element: Tensor, rows: Tensor) -> Tensor:
         return element * rows
@@ -449,9 +454,9 @@ class Spherical(Uncorrelated):
     def matrix(self, element: Tensor, n_features: int) -> Tensor:
         return element[..., None, None] * torch.eye(n_features, dtype=element.dtype, device=element.device)
 
-    def factor(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
-        factor = covariance.rsqrt()
-        return factor, torch.isfinite(factor)
+    def factor(self, covariance: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        factor = covariance.rsqrt().to(dtype or covariance.dtype)
+        return factor, factor < torch.inf
 
     def apply(self, element: Tensor, rows: Tensor) -> Tensor:
         return element.unsqueeze(-1) * rows
@@ -481,10 +486,41 @@ class Spherical(Uncorrelated):
         return features.squeeze(-1)
 
 
+BLOCK = 64
+
+
+def _blocks(n_features: int) -> Iterator[tuple[int, int]]:
+    """Give blocks of columns of a triangle, whose products need not touch its empty half; one where that is small."""
+    size = BLOCK if n_features >= 2 * BLOCK else n_features
+    return ((start, min(start + size, n_features)) for start in range(0, n_features, size))
+
+
+def _symmetric(rows: list[Tensor]) -> Tensor:
+    """Return symmetric matrices of blocks of rows, each up to the diagonal."""
+    if len(rows) == 1:
+        return rows[0]
+    n_features = rows[-1].shape[-1]
+    matrix = rows[-1].new_empty(*rows[-1].shape[:-2], n_features, n_features)
+    for block in rows:
+        size, end = block.shape[-2:]
+        matrix[..., end - size : end, :end] = block
+        matrix[..., : end - size, end - size : end] = block[..., : end - size].mT
+    return matrix
+
+
 def _inverse_of_lower(lower: Tensor) -> Tensor:
-    """Return the inverse of each lower triangular matrix (triangular solves: batched LU can fail inside MKL)."""
-    eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
-    return torch.linalg.solve_triangular(lower, eye, upper=False)
+    """Return the inverse of each lower triangular matrix, by halves, so that large ones are products.
+
+    By triangular solves at the bottom: batched LU can fail inside MKL.
+    """
+    d = lower.shape[-1]
+    if d <= BLOCK:
+        eye = torch.eye(d, dtype=lower.dtype, device=lower.device)
+        return torch.linalg.solve_triangular(lower, eye, upper=False)
+    first, last = _inverse_of_lower(lower[..., : d // 2, : d // 2]), _inverse_of_lower(lower[..., d // 2 :, d // 2 :])
+    below = -last @ (lower[..., d // 2 :, : d // 2] @ first)
+    above = torch.zeros_like(below.mT)
+    return torch.cat([torch.cat([first, above], -1), torch.cat([below, last], -1)], -2)
 
 
 COVARIANCES: dict[str, Covariance] = {

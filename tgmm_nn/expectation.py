@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from tgmm_nn.assignment import LOG2_E, SOFT, Assignment, Shares, responsibilitie
 from tgmm_nn.covariance import Covariance
 from tgmm_nn.functional import (
     chunks,
-    joint_of_whitened,
+    joint_of_distances,
     mask_rows,
     mixture_mean,
     natural_parameters,
@@ -123,14 +122,16 @@ def whitened_statistics(
     def sums(rows: Tensor, weight: Tensor | None, prior: Tensor | None) -> Sums:
         rows, squared = mask_rows(rows - origin)
         y = covariance.whiten(rows, about.means, about.factor)
-        joint = joint_of_whitened(y, about, covariance).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
-        shares = responsibilities(joint * LOG2_E, squared < math.inf, weight, prior, assignment)
-        y = y.clamp(-bound, bound).nan_to_num(0.0)
+        squared_distances = torch.linalg.vector_norm(y, dim=-1).square()
+        joint = joint_of_distances(squared_distances, about, covariance).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
+        shares = responsibilities(joint.mul_(LOG2_E), squared < math.inf, weight, prior, assignment)
+        y.clamp_(-bound, bound).nan_to_num_(0.0)
         first = (shares.r.unsqueeze(1) @ y).squeeze(1)
-        return _wide(wide, first, covariance.whitened_second(y, shares.r), shares)
+        return _sums(first, covariance.whitened_second(y, shares.r), shares)
 
-    size = chunk_size or rows_per_chunk(n_components * n_features, x.element_size())
-    first, second, *totals = _sum_of_chunks(sums, chunks(size, x, sample_weight, log_prior))
+    # Each chunk adds to K · d² sums, so that it should not have fewer rows than those have columns.
+    size = chunk_size or max(2 * n_features, rows_per_chunk(n_components * n_features, x.element_size()))
+    first, second, *totals = _sum_of_chunks(sums, chunks(size, x, sample_weight, log_prior), wide)
     root = covariance.root(about.factor.to(wide))
     first, second = covariance.apply(root, first), covariance.congruence(root, second)
     return _statistics(first, second, totals, origin.to(wide) + about.means.to(wide), covariance)
@@ -182,10 +183,10 @@ def moment_statistics(
             features = covariance.features(columns)
             shares = responsibilities(joint.addmm_(quadratic, features), squared < math.inf, weight, prior, assignment)
             second = shares.r @ features.mT
-        return _wide(wide, shares.r @ columns.mT, second, shares)
+        return _sums(shares.r @ columns.mT, second, shares)
 
     size = chunk_size or rows_per_chunk(max(len(linear), moment_width(n_features, covariance)), dtype.itemsize)
-    first, second, *totals = _sum_of_chunks(sums, chunks(size, x, sample_weight, log_prior))
+    first, second, *totals = _sum_of_chunks(sums, chunks(size, x, sample_weight, log_prior), wide)
     if covariance.tied:
         precision = covariance.square(parameters.factor.to(wide))
         trace = -0.5 * covariance.inner(precision, second, n_features).squeeze(0)
@@ -217,15 +218,20 @@ def conditioning(scale: Tensor, parameters: Parameters, covariance: Covariance) 
     return (covariance.dual(precision, len(scale)) @ covariance.features(scale[:, None])).amax()
 
 
-def _sum_of_chunks(sums: Callable[..., Sums], parts: Iterator[tuple[Tensor, Tensor | None, Tensor | None]]) -> Sums:
-    """Return the total of what ``sums`` makes of each chunk."""
-    return reduce(lambda a, b: tuple(map(torch.add, a, b)), (sums(*part) for part in parts))
+def _sum_of_chunks(
+    sums: Callable[..., Sums], parts: Iterator[tuple[Tensor, Tensor | None, Tensor | None]], wide: torch.dtype
+) -> Sums:
+    """Return the total of what ``sums`` makes of each chunk, in the dtype of totals."""
+    total = tuple(value.to(wide) for value in sums(*next(parts)))
+    for part in parts:
+        for value, more in zip(total, sums(*part), strict=True):
+            value.add_(more)
+    return total
 
 
-def _wide(wide: torch.dtype, first: Tensor, second: Tensor, shares: Shares) -> Sums:
-    """Return the sums of a chunk in the dtype of totals."""
-    totals = (shares.r.sum(-1), shares.log_likelihood, shares.classification, shares.usable.sum())
-    return tuple(value.to(wide) for value in (first, second, *totals, shares.usable.logical_not().sum()))
+def _sums(first: Tensor, second: Tensor, shares: Shares) -> Sums:
+    rows, skipped = shares.usable.sum(), shares.usable.logical_not().sum()
+    return first, second, shares.r.sum(-1), shares.log_likelihood, shares.classification, rows, skipped
 
 
 def _statistics(

@@ -25,7 +25,7 @@ __all__ = [
     "Parameters",
     "chunks",
     "distance",
-    "joint_of_whitened",
+    "joint_of_distances",
     "log_density",
     "log_density_and_entropy",
     "log_joint",
@@ -144,11 +144,11 @@ def mask_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where((squared < math.inf)[:, None], rows, 0.0), squared
 
 
-def joint_of_whitened(y: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
-    """Return the log of each weighted component density, shape ``(K, n)``, for rows whitened by each component."""
-    n_features = y.shape[-1]
+def joint_of_distances(squared: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
+    """Return the log of each weighted component density, for squared Mahalanobis distances ``(K, n)``."""
+    n_features = parameters.means.shape[-1]
     normaliser = covariance.log_det(parameters.factor, n_features) - 0.5 * n_features * LOG_2PI
-    return (log_weights(parameters.weights) + normaliser).unsqueeze(-1) - 0.5 * y.square().sum(-1)
+    return (log_weights(parameters.weights) + normaliser).unsqueeze(-1) - 0.5 * squared
 
 
 def natural_parameters(parameters: Parameters, origin: Tensor, covariance: Covariance) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,7 +179,8 @@ def _joint(rows: Tensor, parameters: Parameters, origin: Tensor, covariance: Cov
     wide = accumulator_dtype(rows.device)
     if not covariance.is_narrow(rows.shape[-1]) or wide != torch.float64:
         about = parameters._replace(means=parameters.means - origin).to(rows.dtype)
-        return joint_of_whitened(covariance.whiten(rows, about.means, about.factor), about, covariance)
+        y = covariance.whiten(rows, about.means, about.factor)
+        return joint_of_distances(y.square().sum(-1), about, covariance)
     constant, linear, quadratic = natural_parameters(parameters, origin, covariance)
     columns = rows.to(wide).mT
     joint = torch.addmm(constant[:, None], linear, columns)

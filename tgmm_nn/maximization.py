@@ -112,9 +112,8 @@ def maximize(
         known = known & (covariance.pool(learned.covariances.to(statistics.count)) > 0)
     # Both factorisations are always made: to look whether the first succeeded would read a value on the host.
     positive = per_element(covariance.is_positive(element), element)
-    factor, exists = covariance.factor(torch.where(positive, element, covariance.lift(element)))
     narrow = current.means.dtype
-    factor = factor.to(narrow)
+    factor, exists = covariance.factor(torch.where(positive, element, covariance.lift(element)), narrow)
     return Parameters(
         _weights(priors.weights(statistics.count), current.weights, learned.weights).to(narrow),
         torch.where(alive[:, None], means, current.means).to(narrow),
@@ -172,8 +171,8 @@ def scatter(statistics: Statistics, covariance: Covariance) -> Tensor:
 
 
 def _supported(mass: Tensor) -> Tensor:
-    """Return which weights are large enough to divide by."""
-    return mass > torch.finfo(mass.dtype).tiny
+    """Return which weights are large enough to divide by, and for a float32 mixture to know of."""
+    return mass > torch.finfo(torch.float32).tiny
 
 
 def _with_priors(statistics: Statistics, priors: Priors) -> Statistics:
