@@ -152,6 +152,7 @@ def test_features_times_the_dual_of_a_matrix_is_its_quadratic_form(covariance, e
 def test_features_unpack_into_the_outer_product(covariance, x):
     assert torch.equal(covariance.unpack(covariance.features(x.mT).mT, D), covariance.outer(x, x))
     assert_near(covariance.unpack(covariance.features(x.mT).sum(-1), D), covariance.outer(x, x).sum(0))
+    assert torch.equal(covariance.pack(covariance.outer(x, x)), covariance.features(x.mT).mT)
 
 
 def test_lift_adds_a_small_fraction_of_the_mean_variance(covariance, elements):

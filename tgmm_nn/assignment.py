@@ -62,7 +62,11 @@ class Shares(NamedTuple):
 
 
 def responsibilities(
-    joint: Tensor, usable: Tensor, sample_weight: Tensor | None, log_prior: Tensor | None, assignment: Assignment
+    joint: Tensor,
+    sample_weight: Tensor | None,
+    log_prior: Tensor | None,
+    assignment: Assignment,
+    usable: Tensor | bool = True,
 ) -> Shares:
     """Share rows among components.
 
@@ -71,16 +75,16 @@ def responsibilities(
 
     Args:
         joint: Logarithm in base 2 of each weighted component density, shape ``(K, n)``.
-        usable: Which rows may enter, shape ``(n,)``.
         sample_weight: Weight of each row, shape ``(n,)``.
         log_prior: Log-prior of each row over components in nats, shape ``(n, K)``.
         assignment: How a row is shared among components.
+        usable: Which rows may enter, shape ``(n,)``; all that have any density do.
     """
     if log_prior is not None:
         joint = torch.add(joint, log_prior.mT, alpha=LOG2_E)
     r, largest, total = _softmax(joint)
     log_p = largest + total.log2()
-    usable, scores = usable & (log_p.abs() < math.inf), joint
+    usable, scores = (log_p.abs() < math.inf) & usable, joint
     if assignment.is_tilted:
         scores = joint / assignment.temperature
         if assignment.offset is not None:
@@ -98,14 +102,14 @@ def responsibilities(
         r.mul_(torch.where(usable, weight / total, 0.0))
     if log_prior is not None:  # which may be nan
         r = torch.where(usable, r, 0.0)
-    log_likelihood, classification = (torch.where(usable, value * weight, 0.0).sum() for value in (log_p, largest))
-    return Shares(r, weight, log_likelihood / LOG2_E, classification / LOG2_E, usable)
+    both = torch.where(usable, torch.stack([log_p, largest]), 0.0) @ (weight / LOG2_E)
+    return Shares(r, weight, both[0], both[1], usable)
 
 
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return powers of two relative to the largest of each row, that largest score, and the sum of the powers."""
-    largest = scores.amax(0)
-    r = (scores - torch.where(largest > -math.inf, largest, 0.0)).exp2_()
+    largest = scores.amax(0).clamp(min=torch.finfo(scores.dtype).min)  # -inf - -inf would be nan
+    r = (scores - largest).exp2_()
     return r, largest, r.sum(0)
 
 

@@ -47,7 +47,8 @@ class Covariance(ABC):
 
     - ``outer`` is bilinear, and ``outer(x, x)`` has mean diagonal :math:`|x|^2 / d`;
     - ``square(root(P)) == c`` for the factor P of every positive definite element c, and ``square(P)`` is its inverse;
-    - ``features(x) @ dual(A, d)`` is :math:`x^\top A x`, and ``unpack(features(x), d) == outer(x, x)``;
+    - ``features(x) @ dual(A, d)`` is :math:`x^\top A x`, ``unpack(features(x), d) == outer(x, x)``, and ``pack`` undoes
+      ``unpack``;
     - ``whiten`` gives rows whose squared length is the Mahalanobis distance, and ``log_det`` the matching normaliser;
     - ``congruence(root(P), whitened_second(whiten(x), r)) == Σ r outer(x - μ, x - μ)``;
     - ``inner(A, B, d)`` is :math:`\mathrm{tr}(A B)`, ``block(c, dims)`` the covariance of the features ``dims``, and
@@ -148,6 +149,10 @@ class Covariance(ABC):
     @abstractmethod
     def dual(self, matrix: Tensor, n_features: int) -> Tensor:
         """Return what makes a product with `features` the quadratic form ``xᵀ A x``, shape ``(..., F)``."""
+
+    @abstractmethod
+    def pack(self, element: Tensor) -> Tensor:
+        """Return the independent entries of elements, shape ``(..., F)``; `unpack` undoes it."""
 
     @abstractmethod
     def unpack(self, features: Tensor, n_features: int) -> Tensor:
@@ -281,6 +286,8 @@ class Full(Covariance):
 
     def congruence(self, root: Tensor, second: Tensor) -> Tensor:
         blocks = list(_blocks(root.shape[-1]))
+        if len(blocks) == 1:
+            return root @ second @ root.mT
         half = torch.cat([root[..., i:j, :j] @ second[..., :j, :] for i, j in blocks], -2)
         return _symmetric([half[..., i:j, :j] @ root[..., :j, :j].mT for i, j in blocks])
 
@@ -320,6 +327,10 @@ class Full(Covariance):
     def dual(self, matrix: Tensor, n_features: int) -> Tensor:
         i, j = self._pairs(matrix)
         return matrix[..., i, j] * torch.where(i == j, 1.0, 2.0).to(matrix.dtype)
+
+    def pack(self, element: Tensor) -> Tensor:
+        i, j = self._pairs(element)
+        return element[..., i, j]
 
     def unpack(self, features: Tensor, n_features: int) -> Tensor:
         matrix = features.new_zeros(*features.shape[:-1], n_features, n_features)
@@ -426,6 +437,9 @@ class Diagonal(Uncorrelated):
     def dual(self, matrix: Tensor, n_features: int) -> Tensor:
         return matrix
 
+    def pack(self, element: Tensor) -> Tensor:
+        return element
+
     def unpack(self, features: Tensor, n_features: int) -> Tensor:
         return features
 
@@ -481,6 +495,9 @@ class Spherical(Uncorrelated):
 
     def dual(self, matrix: Tensor, n_features: int) -> Tensor:
         return n_features * matrix.unsqueeze(-1)
+
+    def pack(self, element: Tensor) -> Tensor:
+        return element.unsqueeze(-1)
 
     def unpack(self, features: Tensor, n_features: int) -> Tensor:
         return features.squeeze(-1)

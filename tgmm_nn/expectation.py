@@ -120,11 +120,10 @@ def whitened_statistics(
     bound = (torch.finfo(x.dtype).max / n_features) ** 0.5
 
     def sums(rows: Tensor, weight: Tensor | None, prior: Tensor | None) -> Sums:
-        rows, squared = mask_rows(rows - origin)
-        y = covariance.whiten(rows, about.means, about.factor)
-        squared_distances = torch.linalg.vector_norm(y, dim=-1).square()
-        joint = joint_of_distances(squared_distances, about, covariance).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
-        shares = responsibilities(joint.mul_(LOG2_E), squared < math.inf, weight, prior, assignment)
+        y = covariance.whiten(rows - origin, about.means, about.factor)
+        squared = torch.linalg.vector_norm(y, dim=-1).square()
+        joint = joint_of_distances(squared, about, covariance).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
+        shares = responsibilities(joint.mul_(LOG2_E), weight, prior, assignment)
         y.clamp_(-bound, bound).nan_to_num_(0.0)
         first = (shares.r.unsqueeze(1) @ y).squeeze(1)
         return _sums(first, covariance.whitened_second(y, shares.r), shares)
@@ -177,11 +176,12 @@ def moment_statistics(
         columns = rows.to(dtype).mT
         joint = torch.addmm(constant[:, None], linear, columns)
         if covariance.tied:
-            shares = responsibilities(joint, squared < math.inf, weight, prior, assignment)
+            shares = responsibilities(joint, weight, prior, assignment, squared < math.inf)
             second = covariance.whitened_second(columns.mT[None], shares.weight[None])
         else:
             features = covariance.features(columns)
-            shares = responsibilities(joint.addmm_(quadratic, features), squared < math.inf, weight, prior, assignment)
+            joint.addmm_(quadratic, features)
+            shares = responsibilities(joint, weight, prior, assignment, squared < math.inf)
             second = shares.r @ features.mT
         return _sums(shares.r @ columns.mT, second, shares)
 
@@ -230,8 +230,9 @@ def _sum_of_chunks(
 
 
 def _sums(first: Tensor, second: Tensor, shares: Shares) -> Sums:
-    rows, skipped = shares.usable.sum(), shares.usable.logical_not().sum()
-    return first, second, shares.r.sum(-1), shares.log_likelihood, shares.classification, rows, skipped
+    rows = shares.usable.sum()
+    totals = (shares.log_likelihood, shares.classification, rows, shares.usable.numel() - rows)
+    return (first, second, shares.r.sum(-1), *totals)
 
 
 def _statistics(

@@ -21,6 +21,9 @@ from tgmm_nn.statistics import Parameters, Statistics
 
 __all__ = ["Fit", "Options", "Report", "fit_from", "progress", "sum_over"]
 
+# Numbers formed from a row beyond which whitening, by blocks of triangles, is faster than forming them.
+WIDEST = 4500
+
 
 class Options(NamedTuple):
     """What shapes a run of EM; see `tgmm_nn.GaussianMixture` for each."""
@@ -123,8 +126,9 @@ def fit_from(start: Parameters, data: Rows, found: Survey, options: Options, rep
     with the log-likelihood of the classification, :math:`\sum_n \max_k \log \pi_k N(x_n; \mu_k, \Sigma_k)`, in place of
     the first term for classification EM. Without regularisation it never falls.
 
-    The parameters stay in the dtype of the sums between steps. An E-step takes `moment_statistics` where that forms
-    fewer numbers from a row than whitening does, and the conditioning of the current parameters leaves half of the
+    The parameters stay in the dtype of the sums between steps. An E-step takes `moment_statistics` where that is
+    faster (it forms at most four times as many numbers from a row as whitening does, and of full covariances those of
+    up to about 90 features), and the conditioning of the current parameters leaves half of the
     digits of the data's dtype, :math:`b\,\varepsilon \le \sqrt\varepsilon`; it takes `whitened_statistics` elsewhere.
 
     Args:
@@ -136,7 +140,7 @@ def fit_from(start: Parameters, data: Rows, found: Survey, options: Options, rep
     """
     parameters, history, covariance = start, list[float](), options.covariance
     bound = torch.finfo(found.dtype).eps ** -0.5
-    narrower = moment_width(start.means.shape[1], covariance) <= parameters.means.numel()
+    narrower = moment_width(start.means.shape[1], covariance) <= min(4 * start.means.numel(), WIDEST)
 
     def expect() -> Statistics:
         """Make an E-step, and write its objective down."""

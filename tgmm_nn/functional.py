@@ -48,6 +48,8 @@ def mixture_mean(parameters: Parameters) -> Tensor:
 
 def log_weights(weights: Tensor) -> Tensor:
     """Return the logarithms of weights; that of 0 is −∞ and has no gradient, where its own would turn into nan."""
+    if not torch.is_grad_enabled():
+        return weights.log()
     positive = weights > 0
     return torch.where(positive, torch.where(positive, weights, 1.0).log(), -torch.inf)
 

@@ -17,6 +17,9 @@ __all__ = ["EVERYTHING", "Learned", "estimate_covariances", "maximize", "scatter
 
 PARTS = ("weights", "means", "covariances")
 
+# A component of less weight is one without rows: a float32 mixture could not hold what so little says.
+TINY = torch.finfo(torch.float32).tiny
+
 
 class Learned(NamedTuple):
     r"""Which components' parameters an M-step moves; the others stay as they are, and the M-step is exact given them.
@@ -136,7 +139,8 @@ def estimate_covariances(
 def _weights(mode: Tensor, current: Tensor, learned: Tensor | None) -> Tensor:
     """Return weights proportional to ``mode``, where they are learned; the current ones where all would vanish."""
     if learned is None:
-        return torch.where(mode.sum() > 0, mode / mode.sum(), current)
+        total = mode.sum()
+        return torch.where(total > 0, mode / total, current)
     free = torch.where(learned, mode, 0.0)
     left = torch.where(learned, current, 0.0).sum()
     return torch.where(learned & (free.sum() > 0), left * free / free.sum(), current)
@@ -154,7 +158,7 @@ def _covariances(
     # A mean prior alone knows no covariance: where no row does either, the old one stays.
     known = _supported(mass if priors.scale is not None else covariance.pool(statistics.count))
     within = scatter(posterior, covariance)
-    element = within / per_element(torch.where(known, mass, 1.0), within)
+    element = within / per_element(mass.clamp(min=TINY), within)
     ridge = reg_covar * _mean_variance(statistics, covariance) if reg_covar_relative else reg_covar
     return covariance.add_to_diagonal(element, ridge), known
 
@@ -164,15 +168,13 @@ def scatter(statistics: Statistics, covariance: Covariance) -> Tensor:
 
     .. math:: T_k = S^{(2)}_k - [S^{(1)}_k S^{(1)\top}_k] / n_k
     """
-    alive = _supported(statistics.count)
-    first = torch.where(alive[:, None], statistics.first, 0.0)
-    shift = first / torch.where(alive, statistics.count, 1.0)[:, None]
-    return statistics.second - covariance.pool(covariance.outer(first, shift))
+    shift = statistics.first / statistics.count.clamp(min=TINY)[:, None]
+    return statistics.second - covariance.pool(covariance.outer(statistics.first, shift))
 
 
 def _supported(mass: Tensor) -> Tensor:
-    """Return which weights are large enough to divide by, and for a float32 mixture to know of."""
-    return mass > torch.finfo(torch.float32).tiny
+    """Return which weights are large enough to divide by."""
+    return mass > TINY
 
 
 def _with_priors(statistics: Statistics, priors: Priors) -> Statistics:
@@ -186,15 +188,14 @@ def _with_priors(statistics: Statistics, priors: Priors) -> Statistics:
         return statistics
     (ours, _), (theirs, _) = _means(statistics), _means(pseudo)
     count = statistics.count + pseudo.count
-    share = torch.where(_supported(count), pseudo.count / torch.where(_supported(count), count, 1.0), 0.0)[:, None]
+    share = (pseudo.count / count.clamp(min=TINY))[:, None]
     return statistics.about((1.0 - share) * ours + share * theirs).merge(pseudo)
 
 
 def _means(statistics: Statistics) -> tuple[Tensor, Tensor]:
     """Return the weighted mean of each component, and which of them any row supports."""
-    alive = _supported(statistics.count)
-    shift = statistics.first / torch.where(alive, statistics.count, 1.0)[:, None]
-    return statistics.origin.to(shift.dtype) + shift, alive
+    shift = statistics.first / statistics.count.clamp(min=TINY)[:, None]
+    return statistics.origin.to(shift.dtype) + shift, _supported(statistics.count)
 
 
 def _mean_variance(statistics: Statistics, covariance: Covariance) -> Tensor:

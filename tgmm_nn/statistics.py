@@ -21,6 +21,7 @@ __all__ = [
     "Parameters",
     "Statistics",
     "accumulator_dtype",
+    "check_like",
     "hard_statistics",
     "per_element",
     "statistics_of",
@@ -40,8 +41,11 @@ class Moments(Protocol):
     def features(self, x: Tensor) -> Tensor:
         """Return the structure's part of each ``x xᵀ`` as independent entries, for columns x."""
 
+    def pack(self, element: Tensor) -> Tensor:
+        """Return the independent entries of the structure's parts."""
+
     def unpack(self, features: Tensor, n_features: int) -> Tensor:
-        """Return the structure's parts from (sums of) features."""
+        """Return the structure's parts from (sums of) features, or packed entries."""
 
 
 class Parameters(NamedTuple):
@@ -120,7 +124,7 @@ class Statistics(NamedTuple):
         Raises:
             ValueError: If the other sums are of another structure or shape.
         """
-        self.check_like(other)
+        check_like(other, self.covariance, self.first)
         return self._with(a + b for a, b in zip(self.sums(), other.about(self.origin).sums(), strict=True))
 
     def scale(self, factor: float | Tensor) -> Statistics:
@@ -144,16 +148,6 @@ class Statistics(NamedTuple):
         totals = (self.log_likelihood, self.classification, self.rows, self.skipped)
         return Statistics(self.count, first, second, *totals, origin, self.covariance)
 
-    def check_like(self, other: Statistics) -> None:
-        """Raise unless ``other`` are sums of the same structure and shape: broadcasting would mix them in silence."""
-        if not isinstance(other, Statistics):
-            raise TypeError(f"Expected `statistics` to be Statistics, but got {type(other).__name__}.")
-        if other.covariance != self.covariance or other.first.shape != self.first.shape:
-            raise ValueError(
-                f"Expected `statistics` of {self.covariance} with sums of shape {tuple(self.first.shape)}, "
-                f"but got {other.covariance} with {tuple(other.first.shape)}; take them from the same mixture."
-            )
-
     def sums(self) -> tuple[Tensor, ...]:
         """The additive part: everything but the reference point and the structure."""
         totals = (self.log_likelihood, self.classification, self.rows, self.skipped)
@@ -168,13 +162,23 @@ class Statistics(NamedTuple):
         return self.log_likelihood / self.weight()
 
     def flatten(self) -> Tensor:
-        """Return all sums as one vector, the message that ranks exchange; `unflatten` undoes it."""
-        return torch.cat([s.reshape(-1) for s in self.sums()])
+        """Return all sums as one vector, the message that ranks exchange; `unflatten` undoes it.
+
+        Of a symmetric matrix it holds one half: K (d + 1) (d + 2) / 2 numbers for full covariances, and four totals.
+        """
+        return torch.cat([s.reshape(-1) for s in self._packed()])
 
     def unflatten(self, flat: Tensor) -> Statistics:
         """Return statistics shaped like these with the sums in ``flat``."""
-        parts = flat.split([s.numel() for s in self.sums()])
-        return self._with(p.reshape(s.shape) for p, s in zip(parts, self.sums(), strict=True))
+        packed = self._packed()
+        parts = flat.split([s.numel() for s in packed])
+        count, first, second, *totals = (p.reshape(s.shape) for p, s in zip(parts, packed, strict=True))
+        return self._with([count, first, self.covariance.unpack(second, first.shape[-1]), *totals])
+
+    def _packed(self) -> tuple[Tensor, ...]:
+        """Return the sums, the second moment as its independent entries."""
+        count, first, second, *totals = self.sums()
+        return (count, first, self.covariance.pack(second), *totals)
 
     def over_ranks(self) -> Statistics:
         """Return the sums over all ranks, as one message; every rank has to call this. These themselves when alone."""
@@ -185,6 +189,17 @@ class Statistics(NamedTuple):
         count, first, second, log_likelihood, classification, rows, skipped = sums
         totals = (log_likelihood, classification, rows, skipped)
         return Statistics(count, first, second, *totals, self.origin, self.covariance)
+
+
+def check_like(statistics: Statistics, covariance: Moments, first: Tensor) -> None:
+    """Raise unless ``statistics`` are sums of a structure and shape: broadcasting would mix others in silence."""
+    if not isinstance(statistics, Statistics):
+        raise TypeError(f"Expected `statistics` to be Statistics, but got {type(statistics).__name__}.")
+    if statistics.covariance != covariance or statistics.first.shape != first.shape:
+        raise ValueError(
+            f"Expected `statistics` of {covariance} with sums of shape {tuple(first.shape)}, "
+            f"but got {statistics.covariance} with {tuple(statistics.first.shape)}; take them from the same mixture."
+        )
 
 
 def statistics_of(weights: Tensor, means: Tensor, covariances: Tensor, covariance: Moments) -> Statistics:

@@ -19,7 +19,7 @@ from tgmm_nn.fitting import Options, sum_over
 from tgmm_nn.initialization import reseed
 from tgmm_nn.maximization import EVERYTHING, Learned
 from tgmm_nn.state import MixtureState
-from tgmm_nn.statistics import Parameters, Statistics
+from tgmm_nn.statistics import Parameters, Statistics, check_like
 from tgmm_nn.transport import sinkhorn
 
 __all__ = ["MixtureSteps"]
@@ -106,20 +106,19 @@ class MixtureSteps(MixtureState):
             TypeError: If ``statistics`` are no `Statistics`.
             ValueError: If they are of another covariance structure or size.
         """
-        self.running_statistics().check_like(statistics)
-        usable, current = _is_usable(statistics), self._snapshot()
+        check_like(statistics, self.covariance, self.running_first)
+        usable, current = _is_usable(statistics), self.mixture()
         with full_precision(usable.device):
             new = self._em_options(learned).maximize(statistics, current)
         self._write(Parameters(*(torch.where(usable, ours, old) for ours, old in zip(new, current, strict=True))))
-        kept = self.running_statistics()
         self._keep(
-            torch.where(usable, statistics.count, kept.count),
-            torch.where(usable, statistics.first, kept.first),
-            torch.where(usable, statistics.second, kept.second),
-            torch.where(usable, statistics.origin, kept.origin),
+            torch.where(usable, statistics.count, self.running_count),
+            torch.where(usable, statistics.first, self.running_first),
+            torch.where(usable, statistics.second, self.running_second),
+            torch.where(usable, statistics.origin, self.running_origin),
         )
         self.running_step_size.copy_(torch.where(usable, 1.0, self.running_step_size))
-        self.fitted.copy_(torch.maximum(self.fitted, usable.to(torch.int64)))
+        self.fitted.logical_or_(usable)
 
     @torch.no_grad()
     def em_step(
@@ -193,20 +192,20 @@ class MixtureSteps(MixtureState):
             tensor([[0.2500]])
         """
         checks.check_step_size(step_size)
-        self.running_statistics().check_like(statistics)
-        batch = statistics
-        # In the dtype of the sums: a share of 0.3 in float32 is off by 1e-8, and the next step multiplies by it.
-        if isinstance(step_size, Tensor):
-            rho = step_size.detach().to(batch.count).reshape(1)
-            # It is not read: out of range it counts as a batch without rows.
-            batch = batch.scale(torch.where((rho > 0) & (rho <= 1), 1.0, 0.0).squeeze())
-        else:
-            rho = batch.count.new_full((1,), 1.0 if step_size is None else step_size)
-        sums = batch if step_size is None else batch.merge(self._decayed(rho, batch.weight()))
-        usable, before = _is_usable(sums), self.running_step_size.clone()
+        check_like(statistics, self.covariance, self.running_first)
+        batch = sums = statistics
+        if step_size is not None:
+            # In the dtype of the sums: a share of 0.3 in float32 is off by 1e-8, and the next step multiplies by it.
+            rho = torch.as_tensor(step_size, dtype=batch.count.dtype, device=batch.count.device).detach().reshape(1)
+            if isinstance(step_size, Tensor):  # it is not read: out of range it counts as a batch without rows
+                batch = batch.scale(torch.where((rho > 0) & (rho <= 1), 1.0, 0.0).squeeze())
+            sums = batch.merge(self._decayed(rho, batch.weight()))
+            before = self.running_step_size.clone()
+        usable = _is_usable(sums)
         # A subclass may have its own M-step, of sums alone.
         self.maximize(sums, *(() if learned is EVERYTHING else (learned,)))
-        self.running_step_size.copy_(torch.where(usable, rho, before))
+        if step_size is not None:
+            self.running_step_size.copy_(torch.where(usable, rho, before))
         self.n_updates.add_(usable)
         self.n_skipped.add_(batch.skipped.to(torch.int64))
         return batch.mean_log_likelihood().to(self.means_.dtype)
@@ -314,7 +313,7 @@ class MixtureSteps(MixtureState):
         rows, *of_rows = self._flat(x, sample_weight, log_prior)
         how: dict[str, Any] = {"assignment": assignment or self._assignment(), "chunk_size": self.chunk_size}
         with full_precision(rows.device):
-            return expectation(rows, self._snapshot(), self.covariance, *of_rows, **how)
+            return expectation(rows, self.mixture(), self.covariance, *of_rows, **how)
 
     def _flat(self, x: Any, sample_weight: Any, log_prior: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return rows ``(n, d)``, their weights and log-priors, checked and without gradient."""
@@ -335,4 +334,4 @@ class MixtureSteps(MixtureState):
 def _is_usable(statistics: Statistics) -> Tensor:
     """Return whether sums hold any row and are finite, without reading that on the host."""
     total = statistics.weight()
-    return (total > 0) & torch.isfinite(total)
+    return (total > 0) & (total < torch.inf)
