@@ -22,6 +22,7 @@ ORDER = (
     "transport",
     "marginals",
     "data",
+    "survey",
     "initialization",
     "sampling",
     "exchange",
