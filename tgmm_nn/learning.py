@@ -220,8 +220,11 @@ class MixtureEM(MixtureSteps):
 
         with full_precision(device):
             data, found = on_all_ranks(of_this_rank, device, sync=sync)
-            survey = (found.over_ranks(data, size) if shared else found).survey(data, size, self.n_components)
-        data.widen(survey.dtype)
+            if shared:
+                found = found.over_ranks(data, size)
+            survey = found.survey(data, size, self.n_components)
+        if shared:
+            data.widen(survey.dtype)  # sums of ranks add up about one reference point, which is rounded to it
         return data, survey
 
     def _on(self, found: Survey) -> Iterator[Parameters]:
