@@ -38,9 +38,9 @@ def write(file, gigabytes, n_features):
 
 
 @contextmanager
-def peak_memory(task):
-    """Print the most anonymous memory that the block held above what there was before it."""
-    before, peak, done = status("RssAnon"), [0], threading.Event()
+def peak_memory(task, before):
+    """Print the most anonymous memory that the block held above what there was before all of them."""
+    peak, done = [before], threading.Event()
 
     def sample():
         while not done.wait(0.005):
@@ -53,7 +53,7 @@ def peak_memory(task):
     finally:
         done.set()
         sampler.join()
-    print(f"{task}: at most {(max(peak[0], before) - before) / MB:.0f} MB more", flush=True)
+    print(f"{task}: at most {(peak[0] - before) / MB:.0f} MB more", flush=True)
 
 
 def main():
@@ -75,11 +75,12 @@ def main():
         limit = status("VmData") + int(arguments.limit * 2**30)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
         print(f"{x.nbytes / MB:.0f} MB of rows, {x.shape}; at most {arguments.limit * 1024:.0f} MB more may be taken")
-        with peak_memory("fit, two iterations"):
+        before = status("RssAnon")
+        with peak_memory("fit, two iterations", before):
             gmm.fit(x)
-        with peak_memory("score_samples"):
+        with peak_memory("score_samples", before):
             density = gmm.score_samples(x)
-        with peak_memory("em_step"):
+        with peak_memory("em_step", before):
             gmm.em_step(x)
         print(f"{len(density)} log-densities take {density.nbytes / MB:.0f} MB; their mean is {density.mean():.3f}")
 
