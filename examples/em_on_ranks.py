@@ -28,7 +28,7 @@ def main():
     x = torch.from_numpy(load_digits().data).float() / 16
     mine = x.tensor_split(n_ranks)[rank]  # uneven shares are fine, also none at all
     gmm = GaussianMixture(10, 64, "diag", reg_covar=1e-2, random_state=0)
-    gmm.initialize(x[:500])  # rows that every rank can read, and one seed: the same start on each
+    gmm.initialize(mine)  # the start of all rows, the same on each rank
 
     for step in range(arguments.steps):
         log_likelihood = gmm.em_step(mine)  # of the rows of all ranks, the same number on each

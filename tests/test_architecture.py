@@ -23,6 +23,7 @@ ORDER = (
     "transport",
     "marginals",
     "data",
+    "survey",
     "initialization",
     "sampling",
     "exchange",

@@ -1,12 +1,18 @@
 """Every example runs, and every Python block of the README does."""
 
+import os
 import re
 import runpy
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from oracles import assert_same_buffers, copy_of_buffers
+
+from tgmm_nn import GaussianMixture
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -26,6 +32,58 @@ def test_an_example_runs_and_says_what_it_did(script, capsys, monkeypatch, tmp_p
     monkeypatch.setattr(sys, "argv", [str(script)])
     runpy.run_path(str(script), run_name="__main__")
     assert len(capsys.readouterr().out.splitlines()) > 1
+
+
+FIT = [str(ROOT / "examples" / "fit_distributed.py"), "shards"]
+RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+HOW = {"text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}}
+
+
+def fitted(folder, *options, launcher=(), name="mixture.pt"):
+    """Run the example to its end, and return the mixture of its checkpoint."""
+    command = [sys.executable, *launcher, *FIT, "--checkpoint", name, *options]
+    run = subprocess.run(command, cwd=folder, capture_output=True, timeout=120, check=True, **HOW)
+    assert f"{2 if launcher else 1} processes, 5 shards" in run.stdout
+    return GaussianMixture.load(folder / name)
+
+
+@pytest.mark.slow
+def test_the_distributed_fit_is_one_mixture_on_any_number_of_processes_by_hand_and_in_a_trainer(tmp_path):
+    one = fitted(tmp_path, name="one.pt")
+    assert int(one.n_updates) == 10
+    ways = {"two": ((), RANKS), "trainer": (("--trainer",), ()), "two trainers": (("--trainer",), RANKS)}
+    for name, (options, launcher) in ways.items():
+        other = fitted(tmp_path, *options, launcher=launcher, name=f"{name}.pt")
+        assert int(other.n_updates) == 10
+        for buffer in ("weights_", "means_", "factor_", "running_count"):
+            expected = getattr(one, buffer)
+            torch.testing.assert_close(getattr(other, buffer), expected, rtol=1e-4, atol=1e-4, msg=f"{name}: {buffer}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", [(), ("--trainer",)], ids=["by hand", "in a trainer"])
+def test_a_distributed_fit_that_was_killed_goes_on_to_the_same_mixture(option, tmp_path):
+    options = ("--iterations", "30", *option)
+    whole = fitted(tmp_path, *options, name="whole.pt")
+    command = [sys.executable, *FIT, *options]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, **HOW) as run:
+        for line in run.stdout:
+            if line.startswith("iteration 2,"):
+                run.send_signal(signal.SIGKILL)
+                break
+    assert run.returncode == -signal.SIGKILL
+    assert 2 <= int(GaussianMixture.load(tmp_path / "mixture.pt").n_updates) < 30
+    assert_same_buffers(fitted(tmp_path, *options), copy_of_buffers(whole))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads what Linux tells of a process")
+def test_the_benchmark_of_memory_says_what_a_fit_holds(tmp_path):
+    script = str(ROOT / "examples" / "benchmarks" / "memory.py")
+    small = ["--gigabytes", "0.01", "--features", "8", "--components", "2", "--folder", str(tmp_path)]
+    run = subprocess.run([sys.executable, script, *small], capture_output=True, timeout=120, check=True, **HOW)
+    held = re.findall(r"(fit, two iterations|score_samples|em_step): at most (\d+) MB more", run.stdout)
+    assert len(held) == 3
+    assert all(int(number) < 1024 for _, number in held)
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))

@@ -9,9 +9,9 @@ from sklearn.cluster import KMeans
 
 from tgmm_nn import GaussianMixture, initialization
 from tgmm_nn.covariance import COVARIANCES
-from tgmm_nn.data import Candidates
 from tgmm_nn.initialization import Start
 from tgmm_nn.statistics import statistics_of
+from tgmm_nn.survey import Candidates
 
 
 @pytest.fixture

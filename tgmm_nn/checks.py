@@ -6,6 +6,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Collection
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -219,9 +220,12 @@ def to_tensor(name: str, value: Any, dtype: torch.dtype) -> Tensor:
             raise TypeError
         # Other byte orders, negative strides and long doubles are NumPy's own; a read-only array is only read here.
         wide = np.float64 if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=wide).reshape(array.shape))
+        own = np.ascontiguousarray(array, dtype=wide).reshape(array.shape)
+        # A filter is changed only where there is something to filter: other threads would see it.
+        with nullcontext() if own.flags.writeable else warnings.catch_warnings():
+            if not own.flags.writeable:
+                warnings.simplefilter("ignore")
+            tensor = torch.from_numpy(own)
     except (TypeError, ValueError, RuntimeError) as error:
         kind = f" of dtype {value.dtype}" if isinstance(value, np.ndarray) else ""
         ragged = "; its rows differ in length" if "inhomogeneous" in str(error) else ""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tgmm_nn import checks
 from tgmm_nn.assignment import Assignment
+from tgmm_nn.distributed import is_rank_zero, on_all_ranks, sum_over_ranks
 from tgmm_nn.maximization import Learned
 from tgmm_nn.mixture import GaussianMixture
 from tgmm_nn.state import CovarianceType
@@ -268,13 +269,14 @@ class MixtureClassifier(nn.Module):
         return Learned(*(free if part is None else free & part for part in given))
 
     @torch.no_grad()
-    def initialize(self, x: Any, y: Any, *, sample_weight: Any = None) -> MixtureClassifier:
+    def initialize(self, x: Any, y: Any, *, sample_weight: Any = None, sync: bool = True) -> MixtureClassifier:
         """Start each class from its own rows, as the options say; a class without rows keeps its parameters.
 
         Args:
             x: Finite rows, shape ``(..., d)``; those without a label have no part in the start.
             y: Labels, integers, shape ``(...)``; at least M rows of each class that has any.
             sample_weight: Non-negative weight of each row, shape ``(...)``.
+            sync: Whether the rows of all ranks are one data set, as in `fit`; then every rank has to call this.
 
         Returns:
             The classifier itself.
@@ -283,16 +285,17 @@ class MixtureClassifier(nn.Module):
             TypeError: If ``y`` holds no integers, or another argument no real numbers.
             ValueError: If no row has a label, a class has rows but fewer than M, a label is out of range, a row is not
                 finite, or an argument has the wrong shape; nothing is changed then.
+            RuntimeError: If another rank failed; nothing is changed then.
 
         Warns:
             UserWarning: If a class has no rows.
         """
-        trial = self._started(*self._flat(x, y, sample_weight))
+        trial = self._started(*self._flat(x, y, sample_weight, sync), sync)
         self.mixture.load_state_dict(trial.state_dict())
         return self
 
     @torch.no_grad()
-    def fit(self, x: Any, y: Any, *, sample_weight: Any = None) -> MixtureClassifier:
+    def fit(self, x: Any, y: Any, *, sample_weight: Any = None, sync: bool = True) -> MixtureClassifier:
         r"""Start each class from its own rows, and run EM on all rows until the objective settles.
 
         .. math::
@@ -303,6 +306,8 @@ class MixtureClassifier(nn.Module):
             x: Finite rows, shape ``(..., d)``.
             y: Labels, integers, shape ``(...)``; −1 marks a row without one.
             sample_weight: Non-negative weight of each row, shape ``(...)``.
+            sync: Whether the rows of all ranks are one data set; then every rank has to call this, perhaps with few
+                rows or none. False fits this rank's rows alone.
 
         Returns:
             The classifier itself.
@@ -310,18 +315,20 @@ class MixtureClassifier(nn.Module):
         Raises:
             TypeError: If ``y`` holds no integers, or another argument no real numbers.
             ValueError: As in `initialize` and `GaussianMixture.fit`; nothing is changed then.
+            RuntimeError: If another rank failed; nothing is changed then.
 
         Warns:
             UserWarning: As `initialize` and `GaussianMixture.fit` do.
         """
-        rows, labels, weight = self._flat(x, y, sample_weight)
+        rows, labels, weight = self._flat(x, y, sample_weight, sync)
         warm = self.mixture.warm_start and self.mixture.fitted_
-        trial = copy.deepcopy(self.mixture) if warm else self._started(rows, labels, weight)
+        trial = copy.deepcopy(self.mixture) if warm else self._started(rows, labels, weight, sync)
         log_prior = self.log_prior(labels)
-        free = self._by_class((log_prior > -torch.inf).any(0)).any(-1)  # classes that a row may belong to
+        allowed = _total((log_prior > -torch.inf).any(0).to(torch.int64), sync) > 0
+        free = self._by_class(allowed).any(-1)  # classes that a row may belong to
         trial.warm_start = True
         learned = Learned(*(free.repeat_interleave(self.components_per_class),) * 3)
-        trial.fit(rows, sample_weight=weight, log_prior=log_prior, learned=learned)
+        trial.fit(rows, sample_weight=weight, log_prior=log_prior, learned=learned, sync=sync)
         self.mixture.load_state_dict(trial.state_dict())
         return self
 
@@ -367,9 +374,10 @@ class MixtureClassifier(nn.Module):
             sample_weight = used if sample_weight is None else torch.where(used > 0, sample_weight, 0.0)
         return x, labels, sample_weight
 
-    def _flat(self, x: Any, y: Any, sample_weight: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the rows ``(n, d)`` that weigh anything, with their labels and weights ``(n,)``."""
-        x, labels, weight = self._checked(x, y, sample_weight)
+    def _flat(self, x: Any, y: Any, sample_weight: Any, sync: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the rows ``(n, d)`` that weigh anything, their labels and weights ``(n,)``; or raise, on all ranks."""
+        device = self.mixture.means_.device
+        x, labels, weight = on_all_ranks(lambda: self._checked(x, y, sample_weight), device, sync=sync)
         rows, labels = x.reshape(-1, self.n_features).to(labels.device), labels.reshape(-1)
         weight = None if weight is None else weight.reshape(-1)
         if weight is None:
@@ -377,9 +385,10 @@ class MixtureClassifier(nn.Module):
         used = weight != 0  # those that are ignored weigh nothing
         return rows[used], labels[used], None if sample_weight is None else weight[used]
 
-    def _started(self, rows: Tensor, labels: Tensor, weight: Tensor | None) -> GaussianMixture:
+    def _started(self, rows: Tensor, labels: Tensor, weight: Tensor | None, sync: bool) -> GaussianMixture:
         """Return a mixture that starts in each class from its own rows, and warn of classes without any."""
-        numbers = torch.bincount(labels[labels >= 0], minlength=self.n_classes).tolist()
+        counts = torch.bincount(labels - UNLABELLED, minlength=self.n_classes + 1)
+        unlabelled, *numbers = _total(counts, sync).tolist()
         for c, number in enumerate(numbers):
             if 0 < number < self.components_per_class:
                 raise ValueError(
@@ -387,33 +396,44 @@ class MixtureClassifier(nn.Module):
                     f"but got {number}."
                 )
         if not any(numbers):
-            raise ValueError(f"Expected `y` with labelled rows to start from, but got none among {len(labels)}.")
-        absent, rest = [c for c, number in enumerate(numbers) if not number], bool((labels == UNLABELLED).any())
+            raise ValueError(f"Expected `y` with labelled rows to start from, but got none among {unlabelled}.")
+        absent, rest = [c for c, number in enumerate(numbers) if not number], unlabelled > 0
         if len(absent) > 1 and rest and not self.mixture.fitted_:
             raise ValueError(
                 f"Expected `y` with labelled rows of all classes but one at least, but got none of {absent}: they "
                 "would start alike, and share the unlabelled rows for ever."
             )
         parts = []
-        for c in range(self.n_classes):
+        for c, number in enumerate(numbers):
             own = labels == c
-            parts.append(self._class_start(c, rows[own], None if weight is None else weight[own]))
+            parts.append(self._class_start(c, rows[own], None if weight is None else weight[own], number, sync))
         count, first, second, origin = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         if self.mixture.covariance.tied:
             second = second.sum(0, keepdim=True)
         sums = Statistics.of(count, first, second, origin, self.mixture.covariance)
-        if absent:
+        if absent and (is_rank_zero() or not sync):
             then = "they start from their parameters as they are" if rest else "they keep their parameters"
             warnings.warn(f"No row of `y` belongs to the classes {absent}: {then}.", stacklevel=3)
         return copy.deepcopy(self.mixture).initialize_from(sums, self.learned(sums))
 
-    def _class_start(self, c: int, rows: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return count, first and second moment and reference points of a class, at its start; zero without rows."""
+    def _class_start(
+        self, c: int, rows: Tensor, weight: Tensor | None, number: int, sync: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return count, first and second moment and reference points of a class, at its start; zero without rows.
+
+        Args:
+            c: The class.
+            rows: Its rows on this rank.
+            weight: Their weights.
+            number: How many rows it has in all.
+            sync: Whether these are the rows of all ranks.
+        """
         mixture, m = self.mixture, self.components_per_class
         own = slice(c * m, (c + 1) * m)
         options = {**mixture.options(), "n_components": m, "verbose": False}
         options |= dict.fromkeys((name for name in options if name.endswith("_prior")), None)
         total = rows.new_tensor(len(rows) if weight is None else float(weight.sum()), dtype=mixture.running_count.dtype)
+        total = _total(total, sync)
         if isinstance(options["init_means"], Tensor):
             options["init_means"] = options["init_means"][own]
         if isinstance(options["init_covariances"], Tensor) and not mixture.covariance.tied:
@@ -421,7 +441,12 @@ class MixtureClassifier(nn.Module):
         if isinstance(options["init_weights"], Tensor):
             options["init_weights"] = options["init_weights"][own] / options["init_weights"][own].sum()
         start = GaussianMixture(**options, device=mixture.means_.device, dtype=mixture.means_.dtype)
-        if len(rows):
-            start.initialize(rows, sample_weight=weight)
+        if number:
+            start.initialize(rows, sample_weight=weight, sync=sync)
         sums = start.running_statistics().scale(total)
         return sums.count, sums.first, sums.second, sums.origin.expand_as(sums.first)
+
+
+def _total(numbers: Tensor, sync: bool) -> Tensor:
+    """Return the sum over ranks, where these are to be taken together."""
+    return sum_over_ranks(numbers) if sync else numbers

@@ -3,32 +3,42 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from functools import reduce
-from typing import Any, NamedTuple
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tgmm_nn import checks
-from tgmm_nn.covariance import Diagonal
-from tgmm_nn.maximization import scatter
-from tgmm_nn.statistics import Statistics, accumulator_dtype, hard_statistics, wider_dtype
+from tgmm_nn.statistics import accumulator_dtype, wider_dtype
 
-__all__ = ["Candidates", "Rows", "Survey", "is_stream", "survey", "untouched_generators"]
+__all__ = ["Rows", "checked", "is_mapped", "is_stream", "pieces", "read_ahead", "untouched_generators"]
 
-# Numbers that are looked at and widened at once where all rows lie in memory.
+# Numbers that are looked at and widened at once where all rows lie in memory, or in a mapped file.
 BATCH = 2**22
 
 Batch = tuple[Tensor, Tensor | None, Tensor | None]
+T = TypeVar("T")
 
 
 def is_stream(x: Any) -> bool:
     """Return whether ``x`` gives batches of rows, as a ``DataLoader`` does, rather than being rows itself."""
     rows = isinstance(x, (Tensor, list, tuple, str, Mapping)) or hasattr(x, "__array__")
     return isinstance(x, Iterable) and not rows
+
+
+def is_mapped(x: Any) -> bool:
+    """Return whether ``x`` is an array in a file, which may be larger than memory: it is never copied whole."""
+    return isinstance(x, np.memmap) and x.ndim > 1
+
+
+def pieces(x: np.memmap[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
+    """Give an array ``(n, ..., d)`` along its first axis, about `BATCH` numbers at a time; one piece where n is 0."""
+    size = max(1, BATCH * len(x) // max(1, x.size))
+    return (x[start : start + size] for start in range(0, max(1, len(x)), size))
 
 
 class Rows:
@@ -41,12 +51,24 @@ class Rows:
         n_features: Number of features d.
         like: Tensor whose device the rows are moved to, and whose dtype they are widened to.
         log_prior: Log-prior of each row over components, shape ``(n, K)``; not for a stream.
+        shared: Whether they are this rank's part of the rows of all ranks; then it may be empty.
+
+    Raises:
+        TypeError: If an argument holds no real numbers, or ``x`` is an iterator, which gives one pass only.
+        ValueError: If an argument has the wrong shape.
     """
 
     def __init__(
-        self, x: Any, sample_weight: Any, n_features: int, like: Tensor, log_prior: Tensor | None = None
+        self,
+        x: Any,
+        sample_weight: Any,
+        n_features: int,
+        like: Tensor,
+        log_prior: Tensor | None = None,
+        *,
+        shared: bool = False,
     ) -> None:
-        self.n_features, self.like, self.streamed = n_features, like, is_stream(x)
+        self.n_features, self.like, self.streamed, self.shared = n_features, like, is_stream(x), shared
         self.shape: tuple[int, ...] | None = None  # as it was given; a stream has none
         if self.streamed:
             if isinstance(x, Iterator):
@@ -61,18 +83,24 @@ class Rows:
                 )
             checks.check_integer("sample_weight", sample_weight, minimum=0, optional=True)
         else:
-            x = checks.to_tensor("x", x, like.dtype).detach()
-            checks.check_rows("x", x, n_features)
-            sample_weight = checks.to_weights(sample_weight, x, like.dtype, like.device)
+            mapped = is_mapped(x)
+            x = x if mapped else checks.to_tensor("x", x, like.dtype).detach()
+            form = _form(x) if mapped else x
+            checks.check_rows("x", form, n_features)
+            sample_weight = checks.to_weights(sample_weight, form, like.dtype, like.device)
             self.shape = tuple(x.shape)
-            x = x.reshape(-1, n_features).to(like.device)
+            x = x.reshape(-1, n_features)
+            x = x if mapped else x.to(like.device)
         self.x, self.sample_weight, self.log_prior = x, sample_weight, log_prior
 
     @contextmanager
     def batches(self) -> Iterator[Iterator[Batch]]:
         """Make one pass: batches of rows ``(n, d)``, weights ``(n,)`` and log-priors; generators end as they began."""
-        with untouched_generators(self.x) if self.streamed else nullcontext():
-            yield self._streamed() if self.streamed else self._in_memory()
+        with (
+            untouched_generators(self.x) if self.streamed else nullcontext(),
+            closing(self._streamed() if self.streamed else self._in_memory()) as batches,  # ends the thread that reads
+        ):
+            yield batches
 
     @contextmanager
     def checked_batches(self) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
@@ -82,20 +110,53 @@ class Rows:
             ValueError: If a row or weight is not finite, or a weight is negative.
         """
         with self.batches() as batches:
-            yield (_checked(rows, weight) for rows, weight, _ in batches)
+            yield (checked(rows, weight) for rows, weight, _ in batches)
 
-    def _in_memory(self) -> Iterator[Batch]:
+    @contextmanager
+    def watched_batches(self) -> Iterator[Iterator[Batch]]:
+        """Make one pass as `batches` does, and raise at its end where one of `checked_batches` would have.
+
+        Nothing is read on the host before, so that a pass over batches on a GPU does not wait for each.
+
+        Raises:
+            ValueError: If a row or weight was not finite, or a weight negative.
+        """
+        bad = torch.zeros(2, dtype=torch.int64, device=self.like.device)
+        n_rows = 0
+
+        def watch(batch: Batch) -> Batch:
+            nonlocal n_rows
+            rows, weight, _ = batch
+            n_rows += len(rows)
+            bad[0] += (~torch.isfinite(rows).all(-1)).sum()
+            if weight is not None:
+                bad[1] += (~_is_weight(weight)).sum()
+            return batch
+
+        with self.batches() as batches:
+            yield map(watch, batches)
+        _raise_if_bad(bad.tolist(), n_rows)
+
+    def widen(self, dtype: torch.dtype) -> None:
+        """Compute in ``dtype`` at least, where rows of other ranks ask for it."""
+        self.like = self.like.to(wider_dtype(dtype, self.like.dtype))
+
+    def none(self) -> Tensor:
+        """Return rows ``(0, d)``, such as a rank has that no row was given to."""
+        return self.like.new_empty(0, self.n_features)
+
+    def _in_memory(self) -> Generator[Batch, None, None]:
         size = max(1, BATCH // self.n_features)
-        parts = self.x.split(size)
-        weights = [None] * len(parts) if self.sample_weight is None else self.sample_weight.split(size)
-        priors = [None] * len(parts) if self.log_prior is None else self.log_prior.split(size)
-        for rows, weight, log_prior in zip(parts, weights, priors, strict=True):
-            yield self._widened(rows), weight, log_prior
+        for start in range(0, max(1, len(self.x)), size):
+            part = slice(start, start + size)
+            weight, log_prior = (None if v is None else v[part] for v in (self.sample_weight, self.log_prior))
+            yield self._widened(checks.to_tensor("x", self.x[part], self.like.dtype)), weight, log_prior
 
-    def _streamed(self) -> Iterator[Batch]:
-        for batch in self.x:
-            rows, weight = self._of_batch(batch)
-            yield self._widened(rows.reshape(-1, self.n_features)), weight, None
+    def _streamed(self) -> Generator[Batch, None, None]:
+        with closing(_batches_of(self.x)) as batches:
+            for batch in batches:
+                rows, weight = self._of_batch(batch)
+                yield self._widened(rows.reshape(-1, self.n_features)), weight, None
 
     def _of_batch(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         """Return the rows of a stream's batch, and their weights."""
@@ -120,122 +181,53 @@ class Rows:
         return rows.to(self.like.device, wider_dtype(rows.dtype, self.like.dtype))
 
 
-class Candidates(NamedTuple):
-    """Rows from which EM may start, and what each weighs.
+def read_ahead(stream: Iterable[T]) -> Generator[T, None, None]:
+    """Give what a stream gives, of which a thread reads the next element while the caller is busy with the last.
 
-    Up to ``size`` distinct rows are all kept. Of more, those are kept whose hash is smallest: a sample of the distinct
-    rows that is uniform and does not depend on the order of rows, on how they are batched, or on how often they are
-    repeated, with their exact total weights (a bottom-k sketch).
-
-    Attributes:
-        rows: Shape ``(m, d)``.
-        weights: Shape ``(m,)``, in float64 where the device has it.
-
-    References:
-        Cohen and Kaplan, Summarizing data using bottom-k sketches, 2007.
+    Errors of the stream are raised where its element would have come. The thread ends with the stream, or when this
+    generator is closed, after the element that it is reading then.
 
     Example:
-        >>> rows, weights = torch.tensor([[3.0], [1.0], [3.0]]), torch.tensor([1.0, 2.0, 1.0])
-        >>> Candidates(rows, weights).smallest(size=10).sorted()
-        Candidates(rows=tensor([[1.],
-                [3.]]), weights=tensor([2., 2.]))
+        >>> list(read_ahead(range(3)))
+        [0, 1, 2]
     """
+    end: Any = object()
+    # What a thread does not take over from the one that starts it.
+    grad, device = torch.is_grad_enabled(), torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
-    rows: Tensor
-    weights: Tensor
+    def settle() -> None:
+        torch.set_grad_enabled(grad)
+        if device is not None:
+            torch.cuda.set_device(device)
 
-    def smallest(self, size: int) -> Candidates:
-        """Return the ``size`` distinct rows of smallest hash; those of a union are those of its parts' together."""
-        hashes, which = _hashes(self.rows).unique(return_inverse=True)  # ascending
-        places = torch.arange(len(which), device=which.device)
-        first = torch.full_like(hashes, len(which)).scatter_reduce_(0, which, places, "amin")
-        totals = self.weights.new_zeros(len(hashes)).index_add_(0, which, self.weights)
-        return Candidates(self.rows[first[:size]], totals[:size])
-
-    @classmethod
-    def union(cls, parts: Iterable[Candidates]) -> Candidates:
-        """Return the rows of all parts."""
-        rows, weights = zip(*parts, strict=True)
-        return cls(torch.cat(rows), torch.cat(weights))
-
-    def sorted(self) -> Candidates:
-        """Return them in ascending order, so that a seeded choice does not depend on how they arrived."""
-        rows, which = self.rows.unique(dim=0, return_inverse=True)
-        return Candidates(rows, self.weights.new_zeros(len(rows)).index_add_(0, which, self.weights))
+    with ThreadPoolExecutor(1, "tgmm_nn.read_ahead", settle) as thread:
+        elements = thread.submit(iter, stream).result()
+        ahead = thread.submit(next, elements, end)
+        while (element := ahead.result()) is not end:
+            ahead = thread.submit(next, elements, end)
+            yield element
 
 
-class Survey(NamedTuple):
-    """What a first pass finds in rows that can be fitted.
-
-    Attributes:
-        n_rows: Number of rows of positive weight.
-        mean: Mean of each feature, shape ``(d,)``.
-        variance: Variance of each feature, shape ``(d,)``.
-        dtype: Dtype of the rows as they are computed with.
-        candidates: Rows from which EM may start.
-    """
-
-    n_rows: int
-    mean: Tensor
-    variance: Tensor
-    dtype: torch.dtype
-    candidates: Candidates
-
-    def scale(self, origin: Tensor) -> Tensor:
-        """Return the root mean square of each feature about a reference point, shape ``(d,)``."""
-        return (self.variance + (self.mean - origin).square()).sqrt()
+def _batches_of(stream: Iterable[Any]) -> Generator[Any, None, None]:
+    """Give the batches of a stream, read ahead; a loader with workers does so itself."""
+    if getattr(stream, "num_workers", 0):
+        yield from stream
+    else:
+        yield from read_ahead(stream)
 
 
-def survey(data: Rows, size: int, minimum: int) -> Survey:
-    """Look at all rows once, and raise if they can't be fitted.
-
-    Args:
-        data: Rows of shape ``(n, d)``.
-        size: Largest number of candidates to keep.
-        minimum: Smallest number of rows of positive weight, ``n_components``.
-
-    Raises:
-        ValueError: If there are too few rows, or if rows or weights are not finite, too large or negative.
-    """
-    n_rows, sums, pending = 0, list[Statistics](), list[Candidates]()
-    with data.checked_batches() as batches:
-        for rows, weight in batches:
-            if not len(rows):
-                continue
-            checks.check_squares("x", rows)
-            n_rows += len(rows)
-            labels = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
-            sums.append(hard_statistics(rows, labels, rows[:1], Diagonal(), weight))
-            sums = [reduce(Statistics.merge, sums)]
-            pending.append(Candidates(rows + 0.0, weight))  # minus zero is zero
-            if sum(len(candidates.rows) for candidates in pending) > 2 * size:  # not each time: batches may be small
-                pending = [Candidates.union(pending).smallest(size)]
-    if n_rows < minimum:
-        of_weight = "" if data.sample_weight is None else " of positive weight"
-        raise ValueError(f"Expected `x` with at least n_components={minimum} rows{of_weight}, but got {n_rows}.")
-    weight = sums[0].weight()
-    mean = sums[0].origin[0].to(weight.dtype) + sums[0].first[0] / weight
-    variance = scatter(sums[0], Diagonal())[0] / weight
-    found = Candidates.union(pending).smallest(size).sorted()
-    return Survey(n_rows, mean, variance.clamp(min=0.0), found.rows.dtype, found)
+def _form(x: np.memmap[Any, Any]) -> Tensor:
+    """Return a tensor of the shape and dtype of a mapped array, without its numbers."""
+    return checks.to_tensor("x", x[:0], torch.float32).new_empty(x.shape, device="meta")
 
 
-def _checked(rows: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+def checked(rows: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the rows of positive weight and their weights, in the dtype of sums, or raise."""
-    bad = int((~torch.isfinite(rows).all(-1)).sum())
-    if bad:
-        raise ValueError(
-            f"Expected `x` to be finite, but {bad} of {len(rows)} rows hold nan or infinity; drop or impute them."
-        )
     wide = accumulator_dtype(rows.device)
+    bad_rows = int((~torch.isfinite(rows).all(-1)).sum())
+    _raise_if_bad([bad_rows, 0 if weight is None else int((~_is_weight(weight)).sum())], len(rows))
     if weight is None:
         return rows, torch.ones(len(rows), dtype=wide, device=rows.device)
-    bad = int((~(torch.isfinite(weight) & (weight >= 0))).sum())
-    if bad:
-        raise ValueError(
-            f"Expected `sample_weight` to be finite and at least 0, but {bad} of {len(weight)} are negative, nan or "
-            "infinite; give such rows the weight 0 or drop them."
-        )
     rows, weight = rows[weight > 0], weight[weight > 0]
     narrow = weight.to(rows.dtype)
     if not bool((narrow > 0).all() & torch.isfinite(narrow.sum())):
@@ -246,17 +238,23 @@ def _checked(rows: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
     return rows, weight.to(wide)
 
 
-def _hashes(rows: Tensor) -> Tensor:
-    """Return 64 well-mixed bits for each row, the same wherever it stands: a multilinear hash, then a finaliser."""
-    bits = rows.contiguous().view(torch.int32 if rows.element_size() == 4 else torch.int64).to(torch.int64)
-    for shift in (32, 16):  # the low bits of round numbers are zero, and a product moves bits only upwards
-        bits = bits ^ (bits >> shift)
-    generator = torch.Generator().manual_seed(0)
-    factors = 2 * torch.randint(2**62, (rows.shape[-1],), generator=generator, device="cpu").to(rows.device) + 1
-    mixed = (bits * factors).sum(-1)
-    for shift in (31, 29):
-        mixed = (mixed ^ (mixed >> shift)) * 0x2545F4914F6CDD1D
-    return mixed ^ (mixed >> 32)
+def _is_weight(weight: Tensor) -> Tensor:
+    """Return which weights can be."""
+    return torch.isfinite(weight) & (weight >= 0)
+
+
+def _raise_if_bad(bad: list[int], n_rows: int) -> None:
+    """Raise if any of so many rows, or of their weights, cannot be fitted."""
+    bad_rows, bad_weights = bad
+    if bad_rows:
+        raise ValueError(
+            f"Expected `x` to be finite, but {bad_rows} of {n_rows} rows hold nan or infinity; drop or impute them."
+        )
+    if bad_weights:
+        raise ValueError(
+            f"Expected `sample_weight` to be finite and at least 0, but {bad_weights} of {n_rows} are negative, nan or "
+            "infinite; give such rows the weight 0 or drop them."
+        )
 
 
 @contextmanager

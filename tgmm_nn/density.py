@@ -14,7 +14,7 @@ from torch.distributions import Categorical, MixtureSameFamily
 
 from tgmm_nn import checks, functional
 from tgmm_nn.covariance import Covariance
-from tgmm_nn.data import Rows, is_stream
+from tgmm_nn.data import Rows, is_mapped, is_stream, pieces
 from tgmm_nn.functional import Parameters
 from tgmm_nn.statistics import accumulator_dtype, wider_dtype
 
@@ -171,7 +171,9 @@ class MixtureDensity(nn.Module):
         return k - 1 + k * d + self.covariance.leading(k) * self.covariance.n_parameters(d)
 
     def _map_rows(self, function: Callable[..., Tensor], x: Any) -> Tensor:
-        """Apply a function of rows and parameters to ``(..., d)``, outside autocast."""
+        """Apply a function of rows and parameters to ``(..., d)``, outside autocast; to a file in pieces."""
+        if not isinstance(x, Tensor) and is_mapped(x) and len(parts := list(pieces(x))) > 1:
+            return torch.cat([self._map_rows(function, part) for part in parts])
         parameters = self.mixture()
         x = self._checked(x)
         rows = self._rows(x)

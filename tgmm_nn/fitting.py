@@ -9,15 +9,18 @@ from functools import reduce
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from tgmm_nn.assignment import HARD, SOFT, Assignment
 from tgmm_nn.covariance import Covariance
-from tgmm_nn.data import Rows, Survey
+from tgmm_nn.data import Rows
+from tgmm_nn.distributed import attempt, raise_on_all_ranks
 from tgmm_nn.expectation import conditioning, expectation, moment_width
 from tgmm_nn.functional import mixture_mean
 from tgmm_nn.maximization import EVERYTHING, Learned, estimate_covariances, maximize
 from tgmm_nn.priors import Priors
 from tgmm_nn.statistics import Parameters, Statistics
+from tgmm_nn.survey import Survey
 
 __all__ = ["Fit", "Options", "Report", "fit_from", "progress", "sum_over"]
 
@@ -107,14 +110,46 @@ def sum_over(
     chunk_size: int | None = None,
     checked: bool = False,
 ) -> Statistics:
-    """Return the E-step's sums of one pass over all rows; ``checked`` raises where one is not finite."""
-    how: dict[str, Any] = {"assignment": assignment, "moments": moments, "chunk_size": chunk_size}
-    with data.checked_batches() if checked else data.batches() as batches:
-        sums = (expectation(rows, parameters, covariance, *of_rows, **how) for rows, *of_rows in batches)
-        total = next(sums, None)
-        if total is None:
-            raise ValueError("Expected `x` to give at least one batch of rows, but it gave none.")
-        return reduce(Statistics.merge, sums, total)
+    """Return the E-step's sums of one pass over all rows, those of all ranks where they are shared.
+
+    Nothing is read on the host while the pass goes on.
+
+    Args:
+        data: Rows; a rank that shares with others may have none.
+        parameters: Parameters of the E-step.
+        covariance: Structure of the covariances.
+        assignment: How a row is shared among components.
+        moments: See `expectation`.
+        chunk_size: See `expectation`.
+        checked: Whether to raise, at the end of the pass, where a row was not finite; else they are left out.
+
+    Raises:
+        ValueError: If a row was not finite, or a stream gave no batch.
+        RuntimeError: If another rank failed: no rank goes on, or waits for it.
+    """
+
+    def expect(rows: Tensor, *of_rows: Tensor | None) -> Statistics:
+        how: dict[str, Any] = {"assignment": assignment, "moments": moments, "chunk_size": chunk_size}
+        return expectation(rows, parameters, covariance, *of_rows, **how)
+
+    def of_this_rank() -> Statistics:
+        with data.watched_batches() if checked else data.batches() as batches:
+            sums = (expect(*batch) for batch in batches)
+            total = next(sums, expect(data.none()) if data.shared else None)
+            if total is None:
+                raise ValueError("Expected `x` to give at least one batch of rows, but it gave none.")
+            return reduce(Statistics.merge, sums, total)
+
+    if not data.shared:
+        return of_this_rank()
+    sums, error = attempt(of_this_rank)
+    if sums is None:  # a number of rows that is none says so to the others, in the message that they wait for
+        nothing = expect(data.none())
+        sums = nothing._replace(rows=torch.full_like(nothing.rows, torch.nan))
+    total = sums.over_ranks()
+    if bool(torch.isnan(total.rows)):
+        raise_on_all_ranks(error)
+    return total
 
 
 def fit_from(start: Parameters, data: Rows, found: Survey, options: Options, report: Report) -> Fit:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tgmm_nn import checks
 from tgmm_nn.covariance import Covariance
-from tgmm_nn.data import Candidates
 from tgmm_nn.maximization import scatter
 from tgmm_nn.statistics import Statistics, hard_statistics, per_element
+from tgmm_nn.survey import Candidates
 
 __all__ = ["Start", "n_candidates", "nearest", "reseed"]
 

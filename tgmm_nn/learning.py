@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from tgmm_nn.data import Rows, Survey, is_stream, survey
+from tgmm_nn.data import Rows, is_stream
 from tgmm_nn.density import full_precision
+from tgmm_nn.distributed import broadcast_from_rank_zero, is_distributed, is_rank_zero, on_all_ranks
 from tgmm_nn.fitting import Fit, Options, fit_from, progress
 from tgmm_nn.functional import distance
 from tgmm_nn.initialization import Start, n_candidates
 from tgmm_nn.maximization import EVERYTHING, Learned, maximize
 from tgmm_nn.statistics import Parameters, Statistics, statistics_of
 from tgmm_nn.steps import MixtureSteps
+from tgmm_nn.survey import Found, Survey, look
 
 __all__ = ["MixtureEM"]
 
@@ -35,12 +37,13 @@ class MixtureEM(MixtureSteps):
         return torch.initial_seed() if self.random_state is None else self.random_state
 
     @torch.no_grad()
-    def initialize(self: Self, x: Any, *, sample_weight: Any = None) -> Self:
+    def initialize(self: Self, x: Any, *, sample_weight: Any = None, sync: bool = True) -> Self:
         """Set a start for EM from the rows ``x``, by ``init_means``, ``init_weights`` and ``init_covariances``.
 
         Args:
             x: Finite rows, at least K of them, shape ``(n, d)``, or a stream of them; moved to the mixture's device.
             sample_weight: Non-negative weight of each row, shape ``(n,)``.
+            sync: Whether the rows of all ranks are one data set, as in `fit`; then every rank has to call this.
 
         Returns:
             The layer itself.
@@ -49,8 +52,9 @@ class MixtureEM(MixtureSteps):
             TypeError: If an argument holds no real numbers.
             ValueError: If ``x`` has the wrong width, too few rows, or values that are not finite; nothing is changed
                 then.
+            RuntimeError: If another rank failed; nothing is changed then.
         """
-        found = self._survey(self._data(x, sample_weight))
+        _, found = self._survey(x, sample_weight, sync=sync)
         parameters, statistics = next(self._starts(found, 1, self.n_init))
         self._check_range(parameters, "`x`")
         self._write(parameters)
@@ -80,19 +84,33 @@ class MixtureEM(MixtureSteps):
         return self
 
     def fit(
-        self: Self, x: Any, *, sample_weight: Any = None, log_prior: Any = None, learned: Learned = EVERYTHING
+        self: Self,
+        x: Any,
+        *,
+        sample_weight: Any = None,
+        log_prior: Any = None,
+        learned: Learned = EVERYTHING,
+        sync: bool = True,
     ) -> Self:
         """Run EM on ``x`` from ``n_init`` starts and keep the best.
 
-        Each runs until the objective changes by less than ``tol``, or for ``max_iter`` M-steps. Fits the rows that this
-        process holds; `em_step` adds over ranks. The layer is written once, at the end. A stream is iterated once for
-        the start and once for each E-step, and gives the same mixture as its rows in memory.
+        Each runs until the objective changes by less than ``tol``, or for ``max_iter`` M-steps. The layer is written
+        once, at the end. A stream is iterated once for the start and once for each E-step, and gives the same mixture
+        as its rows in memory; a thread reads its next batch while EM is at the last. A ``numpy.memmap`` is read batch
+        by batch.
+
+        In a ``torch.distributed`` world the rows of all ranks are one data set, and each rank ends with the mixture
+        that one process would find: ranks exchange what the first pass found, the start is rank zero's, and the sums
+        of each E-step are added. A rank may have few rows or none, also a stream without a batch, as long as all ranks
+        together have K. What fails on one rank raises on all. Rank zero alone prints and warns.
 
         Args:
             x: Finite rows, at least K of them, shape ``(n, d)``, or a stream of them; moved to the mixture's device.
             sample_weight: Non-negative weight of each row, shape ``(n,)``; a row of weight 2 counts as two rows.
             log_prior: Log-prior of each row over components, shape ``(n, K)``, for rows in memory; see `statistics`.
             learned: What M-steps may move; the rest stays as the start has it.
+            sync: Whether the rows of all ranks are one data set; then every rank has to call this, with the same
+                options. False fits this rank's rows alone.
 
         Returns:
             The layer itself.
@@ -101,36 +119,39 @@ class MixtureEM(MixtureSteps):
             TypeError: If an argument holds no real numbers.
             ValueError: If ``x`` has the wrong width, too few rows, or values that are not finite, or if no start leads
                 to a finite mixture; nothing is changed then.
+            RuntimeError: If another rank failed; nothing is changed then.
 
         Warns:
             UserWarning: If ``max_iter`` M-steps did not converge, rows had to be left out, a covariance is singular, or
                 the mixture's dtype rounds its means by a tenth of a standard deviation.
         """
-        for doubt in self._fit(x, sample_weight, log_prior, learned):
+        for doubt in self._fit(x, sample_weight, log_prior, learned, sync=sync):
             warnings.warn(doubt, stacklevel=2)
         return self
 
-    def fit_predict(self, x: Any, *, sample_weight: Any = None) -> Tensor:
-        """Fit the mixture and return the most probable component of each row, shape ``(n,)``; see `fit`."""
+    def fit_predict(self, x: Any, *, sample_weight: Any = None, sync: bool = True) -> Tensor:
+        """Fit the mixture and return the most probable component of each row of this rank, ``(n,)``; see `fit`."""
         if is_stream(x):
             raise TypeError(f"Expected `x` as rows, but got {type(x).__name__}; call fit, then predict batch by batch.")
-        for doubt in self._fit(x, sample_weight):
+        for doubt in self._fit(x, sample_weight, sync=sync):
             warnings.warn(doubt, stacklevel=2)
         return self.predict(x)
 
     # --------------------------------------------------------------------------------------------------- inside
 
     @torch.no_grad()
-    def _fit(self, x: Any, sample_weight: Any, log_prior: Any = None, learned: Learned = EVERYTHING) -> list[str]:
+    def _fit(
+        self, x: Any, sample_weight: Any, log_prior: Any = None, learned: Learned = EVERYTHING, *, sync: bool = True
+    ) -> list[str]:
         """Run EM, write the best mixture, and return what a user should know of it."""
-        data, options = self._data(x, sample_weight, log_prior), self._em_options(learned)
-        found = self._survey(data)
-        warm = self.warm_start and self.fitted_
+        data, found = self._survey(x, sample_weight, log_prior, sync=sync)
+        options, speaks = self._em_options(learned), is_rank_zero() or not found.shared
+        warm = self._is_warm(found)
         n_starts = 1 if warm or isinstance(self._start.means, Tensor) else self.n_init
-        starts = iter([self._wide()]) if warm else (start for start, _ in self._starts(found, n_starts, 1))
+        starts = self._on(found) if warm else (start for start, _ in self._starts(found, n_starts, 1))
         fits = []
         for number, start in enumerate(starts, start=1):
-            reporter = progress(self.verbose, self.verbose_interval, self.max_iter, number, n_starts)
+            reporter = progress(speaks and self.verbose, self.verbose_interval, self.max_iter, number, n_starts)
             with full_precision(self.means_.device), reporter as report:
                 fits.append(fit_from(start, data, found, options, report))
         number, best = max(enumerate(fits, start=1), key=lambda numbered: numbered[1].objective)
@@ -145,9 +166,9 @@ class MixtureEM(MixtureSteps):
         self.history_ = best.history
         for name, value in best.outcome.items():
             getattr(self, name).fill_(value)
-        if self.verbose and n_starts > 1:
+        if speaks and self.verbose and n_starts > 1:
             print(f"EM: kept start {number} of {n_starts}, objective {best.objective:.6f} nats per row")
-        return list(self._doubts(best, options, found.dtype))
+        return list(self._doubts(best, options, found.dtype)) if speaks else []
 
     def _doubts(self, fit: Fit, options: Options, dtype: torch.dtype) -> Iterator[str]:
         """Say what a user should know of a fit of rows of a dtype: where it ended, and what was left out or rounded."""
@@ -177,9 +198,9 @@ class MixtureEM(MixtureSteps):
                 "with dtype=torch.float64, centre the features, or raise `reg_covar`."
             )
 
-    def _data(self, x: Any, sample_weight: Any, log_prior: Any = None) -> Rows:
+    def _data(self, x: Any, sample_weight: Any, log_prior: Any, shared: bool) -> Rows:
         """Return training rows, or raise."""
-        data = Rows(x, sample_weight, self.n_features, self.means_)
+        data = Rows(x, sample_weight, self.n_features, self.means_, shared=shared)
         if log_prior is not None:
             if data.shape is None:
                 raise ValueError("Expected `log_prior` only with rows in memory, but got it with a stream.")
@@ -188,9 +209,31 @@ class MixtureEM(MixtureSteps):
             raise ValueError(f"Expected `x` of shape (n, {self.n_features}), but got {data.shape}.")
         return data
 
-    def _survey(self, data: Rows) -> Survey:
-        with full_precision(self.means_.device):
-            return survey(data, n_candidates(self.n_components), self.n_components)
+    def _survey(self, x: Any, sample_weight: Any, log_prior: Any = None, *, sync: bool) -> tuple[Rows, Survey]:
+        """Return training rows and what a first pass finds in those of all ranks, or raise, on all ranks alike."""
+        device, shared, size = self.means_.device, sync and is_distributed(), n_candidates(self.n_components)
+
+        def of_this_rank() -> tuple[Rows, Found]:
+            data = self._data(x, sample_weight, log_prior, shared)
+            return data, look(data, size)
+
+        with full_precision(device):
+            data, found = on_all_ranks(of_this_rank, device, sync=sync)
+            if shared:
+                found = found.over_ranks(data, size)
+            survey = found.survey(data, size, self.n_components)
+        if shared:
+            data.widen(survey.dtype)  # sums of ranks add up about one reference point, which is rounded to it
+        return data, survey
+
+    def _on(self, found: Survey) -> Iterator[Parameters]:
+        """Give the parameters as they are, those of rank zero, as the only start."""
+        return iter([Parameters(*_of_rank_zero(self._wide(), found))])
+
+    def _is_warm(self, found: Survey) -> bool:
+        """Return whether EM goes on from the parameters as they are, as rank zero has it."""
+        warm = torch.tensor([self.warm_start and self.fitted_], dtype=torch.int64, device=self.means_.device)
+        return bool(_of_rank_zero([warm], found)[0])
 
     def _starts(self, found: Survey, n_starts: int, n_init: int) -> Iterator[tuple[Parameters, Statistics]]:
         """Give starts of EM, parameters and the sums of total weight one that they belong to."""
@@ -199,12 +242,30 @@ class MixtureEM(MixtureSteps):
         generator = torch.Generator().manual_seed(self.seed)
         for _ in range(n_starts):
             with full_precision(self.means_.device):
-                weights, means, elements = self._start.mixture(
-                    found.candidates, self.covariance, n_init, generator, self.n_components
-                )
+                weights, means, elements = self._draw(found, n_init, generator)
                 # Equal weights here, since an M-step keeps neither mean nor covariance of one that weighs nothing.
                 equal = torch.full_like(weights, 1.0 / len(weights))
                 sums = statistics_of(equal, means, elements, self.covariance)
                 start = maximize(sums, self._fresh(), self.covariance, *ridge)
                 sums = statistics_of(weights, means, elements, self.covariance)
             yield Parameters(weights, start.means, start.factor), sums
+
+    def _draw(self, found: Survey, n_init: int, generator: torch.Generator) -> Sequence[Tensor]:
+        """Return starting weights, means and covariances; on all ranks those that rank zero draws."""
+
+        def draw() -> tuple[Tensor, Tensor, Tensor]:
+            if found.shared and not is_rank_zero():
+                fresh = self._fresh()
+                return fresh.weights, fresh.means, fresh.factor  # of the shapes and the dtype that will arrive
+            return self._start.mixture(found.candidates, self.covariance, n_init, generator, self.n_components)
+
+        return _of_rank_zero(on_all_ranks(draw, self.means_.device, sync=found.shared), found)
+
+
+def _of_rank_zero(tensors: Sequence[Tensor], found: Survey) -> Sequence[Tensor]:
+    """Return rank zero's tensors, on each rank that shares its rows; else these."""
+    if not found.shared:
+        return tensors
+    copies = [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
+    broadcast_from_rank_zero(copies)
+    return copies

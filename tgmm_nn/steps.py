@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tgmm_nn import checks
 from tgmm_nn.assignment import HARD, SOFT, Assignment
-from tgmm_nn.data import Rows, is_stream
+from tgmm_nn.data import Rows, is_mapped, is_stream
 from tgmm_nn.density import full_precision
 from tgmm_nn.expectation import expectation
 from tgmm_nn.fitting import Options, sum_over
@@ -89,10 +89,7 @@ class MixtureSteps(MixtureState):
             return self._expect(x, sample_weight, log_prior, assignment)
         if log_prior is not None:
             raise ValueError("Expected `log_prior` only with rows, but got it with a stream, whose order is not known.")
-        data = Rows(x, sample_weight, self.n_features, self.means_)
-        with full_precision(self.means_.device):
-            how: dict[str, Any] = {"assignment": assignment or self._assignment(), "chunk_size": self.chunk_size}
-            return sum_over(data, self._snapshot(), self.covariance, **how)
+        return self._sum_over(x, sample_weight, None, assignment)
 
     @torch.no_grad()
     def maximize(self, statistics: Statistics, learned: Learned = EVERYTHING) -> None:
@@ -310,10 +307,21 @@ class MixtureSteps(MixtureState):
         return HARD if self.cem else SOFT
 
     def _expect(self, x: Any, sample_weight: Any, log_prior: Any, assignment: Assignment | None) -> Statistics:
+        if not isinstance(x, Tensor) and is_mapped(x):
+            return self._sum_over(x, sample_weight, log_prior, assignment)
         rows, *of_rows = self._flat(x, sample_weight, log_prior)
         how: dict[str, Any] = {"assignment": assignment or self._assignment(), "chunk_size": self.chunk_size}
         with full_precision(rows.device):
             return expectation(rows, self.mixture(), self.covariance, *of_rows, **how)
+
+    def _sum_over(self, x: Any, sample_weight: Any, log_prior: Any, assignment: Assignment | None) -> Statistics:
+        """Return the sums of rows that come batch by batch, from a stream or a file."""
+        data = Rows(x, sample_weight, self.n_features, self.means_)
+        if data.shape is not None:
+            data.log_prior = self._flat_log_prior(log_prior, data.shape[:-1], self.means_)
+        how: dict[str, Any] = {"assignment": assignment or self._assignment(), "chunk_size": self.chunk_size}
+        with full_precision(self.means_.device):
+            return sum_over(data, self._snapshot(), self.covariance, **how)
 
     def _flat(self, x: Any, sample_weight: Any, log_prior: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return rows ``(n, d)``, their weights and log-priors, checked and without gradient."""

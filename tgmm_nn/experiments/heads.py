@@ -110,9 +110,11 @@ class OutlierDetection(_DensityHead):
         train, test, unknown = (self.encoder(part) for part in pixels)
         y_test = data.y_test.to(self.device)
         how: dict[str, Any] = {"reg_covar": 1e-2, "random_state": seed, "max_iter": 300}
-        free = GaussianMixture(3 * data.n_classes, train.shape[1], **how).fit(train)
-        single = GaussianMixture(1, train.shape[1], **how).fit(train)
-        raw = MixtureClassifier(data.n_classes, data.x.shape[1], **how).fit(pixels[0], data.y)
+        free = GaussianMixture(3 * data.n_classes, train.shape[1], **how).fit(
+            train, sync=False
+        )  # each rank has all rows
+        single = GaussianMixture(1, train.shape[1], **how).fit(train, sync=False)
+        raw = MixtureClassifier(data.n_classes, data.x.shape[1], **how).fit(pixels[0], data.y, sync=False)
         logits, classes = (self.head(test), self.head(unknown)), self.density.predict(test)
         accuracy = float((classes == y_test).float().mean())
         of_softmax = float((logits[0].argmax(-1) == y_test).float().mean())

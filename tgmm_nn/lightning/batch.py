@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from tgmm_nn.classifier import UNLABELLED
-from tgmm_nn.lightning.ranks import gather_rows
 
 __all__ = ["Batch"]
 
@@ -38,8 +37,3 @@ class Batch(NamedTuple):
     def finite(self) -> Tensor:
         """Return which rows are finite, booleans ``(n,)``."""
         return torch.isfinite(self.rows).all(-1)
-
-    def over_ranks(self) -> Batch:
-        """Return those of all ranks; every rank has to call this."""
-        labels = torch.cat(gather_rows(self.labels[:, None]))[:, 0]
-        return Batch(torch.cat(gather_rows(self.rows)), labels)

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from tgmm_nn.assignment import Assignment
 from tgmm_nn.classifier import MixtureClassifier
+from tgmm_nn.distributed import sum_over_ranks
 from tgmm_nn.lightning.batch import Batch
+from tgmm_nn.lightning.ranks import count_over_ranks
 from tgmm_nn.lightning.sources import submodule
 from tgmm_nn.maximization import Learned
 from tgmm_nn.mixture import GaussianMixture
@@ -81,15 +83,15 @@ class Learner:
         return batch.rows if self.classifier is None else batch.rows[batch.labels == c]
 
     def can_start(self, batch: Batch) -> bool:
-        """Return whether the rows of all ranks are enough for a start."""
+        """Return whether the rows of all ranks are enough for a start; every rank has to call this."""
         if self.classifier is None:
-            return len(batch.rows) >= self.gmm.n_components
+            return count_over_ranks(len(batch.rows), batch.rows.device) >= self.gmm.n_components
         labels = batch.labels[(batch.labels >= 0) & (batch.labels < self.classifier.n_classes)]
-        numbers = torch.bincount(labels, minlength=self.classifier.n_classes)
+        numbers = sum_over_ranks(torch.bincount(labels, minlength=self.classifier.n_classes))
         few = (numbers > 0) & (numbers < self.classifier.components_per_class)
-        return len(labels) > 0 and not bool(few.any())
+        return bool(numbers.any()) and not bool(few.any())
 
     def start(self, batch: Batch, init: str) -> None:
-        """Start a fresh model, by ``"initialize"`` or by a whole ``"fit"``."""
+        """Start a fresh model on the rows of all ranks, by ``"initialize"`` or by a whole ``"fit"``."""
         begin = getattr(self.model, init)
         _ = begin(batch.rows) if self.classifier is None else begin(batch.rows, batch.labels)

@@ -234,11 +234,10 @@ class Full(Mode):
 @torch.no_grad()
 def start_on(learner: Learner, batch: Batch, init: str) -> bool:
     """Start a model on the usable rows of all ranks, the same on each; return False where they are too few."""
-    everywhere = batch.over_ranks()
-    everywhere = everywhere.where(torch.isfinite(everywhere.rows.square().sum(-1)))
-    if not learner.can_start(everywhere):
+    usable = batch.where(torch.isfinite(batch.rows.square().sum(-1)))
+    if not learner.can_start(usable):
         return False
-    learner.start(everywhere, init)
+    learner.start(usable, init)
     broadcast_from_rank_zero(learner.gmm.buffers(recurse=False))
     return True
 
