@@ -1,5 +1,7 @@
 """Every example runs, and every Python block of the README does."""
 
+import argparse
+import importlib
 import os
 import re
 import runpy
@@ -8,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from oracles import assert_same_buffers, copy_of_buffers
@@ -114,6 +117,69 @@ def test_the_benchmark_of_the_callback_measures_a_share(capsys):
     encoder = script["resnet18"](128)
     assert encoder(torch.zeros(2, 3, 32, 32)).shape == (2, 128)
     assert sum(p.numel() for p in encoder.parameters()) == pytest.approx(11.2e6, rel=0.02)  # of the paper's ResNet-18
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "benchmarks")
+    yield importlib.import_module
+    for name in ("em_speed", "em_libraries"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.filterwarnings("ignore:EM did not converge")
+def test_the_benchmark_of_speed_prints_its_tables_and_writes_its_files(benchmarks, monkeypatch, tmp_path, capsys):
+    """With all measurements in this process; the next test starts one of its own."""
+    script, libraries = benchmarks("em_speed"), benchmarks("em_libraries")
+    started = []
+
+    def measure(case, run, data, arguments):
+        library, dtype = run.split()
+        started.append(run)
+        if library in ("tgmm", "product"):  # optional, and a product of 2048³
+            raise RuntimeError("No module named 'tgmm'") if library == "tgmm" else RuntimeError("not here")
+        with np.load(data) as arrays:
+            return getattr(libraries.Bench(case, dtype, arrays, 1, 0.0, 1), library)()
+
+    monkeypatch.setattr(script, "measure", measure)
+    cases = ["full", "spherical", "diag, batch"]
+    monkeypatch.setattr(
+        sys, "argv", ["em_speed.py", "--quick", "--repeats", "1", "--out", str(tmp_path), "--cases", *cases]
+    )
+    script.main()
+    out = capsys.readouterr().out
+    assert started.count("tgmm float32") == 1  # what is absent once is not asked for again
+    assert "full, tgmm float32: absent, No module named 'tgmm'" in out
+    assert re.search(r"^full \(256, 16, 4\) +\d+\.\d .* [≥<] 7 .* [≥<] 1 ", out, re.MULTILINE)
+    assert re.search(r"^diag, batch \(256, 16, 4\) +\d+ [≤>] 100 ", out, re.MULTILINE)
+    assert "log-likelihood" not in out  # scikit-learn's and ours agree
+    assert (tmp_path / "em_speed.png").stat().st_size > 0
+    assert (tmp_path / "em_speed.csv").read_text().splitlines()[1].startswith("full,256,16,4,ours float32,")
+
+
+def test_the_benchmark_of_speed_measures_in_a_process_without_openblas_variables(benchmarks, monkeypatch, tmp_path):
+    script, libraries = benchmarks("em_speed"), benchmarks("em_libraries")
+    environments, run = [], script.subprocess.run
+    monkeypatch.setattr(script.subprocess, "run", lambda *a, **o: environments.append(o["env"]) or run(*a, **o))
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    case = libraries.Case(64, 2, 2, "diag")
+    np.savez(tmp_path / "data.npz", **libraries.draw(case))
+    arguments = argparse.Namespace(threads=1, quick=True)
+    found = script.measure(case, "sklearn float64", tmp_path / "data.npz", arguments)
+    assert found["iteration"] > 0
+    with pytest.raises(RuntimeError, match="AttributeError"):
+        script.measure(case, "nothing float64", tmp_path / "data.npz", arguments)
+    assert [("OPENBLAS_NUM_THREADS" in e, e["OMP_NUM_THREADS"]) for e in environments] == [(False, "1")] * 2
+
+
+def test_the_benchmark_of_scaling_prints_slopes_the_message_and_an_extrapolation(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["scaling.py", "--quick", "--threads", "1"])
+    runpy.run_path(str(ROOT / "examples" / "benchmarks" / "scaling.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    assert [len(re.findall(rf"-?\d\.\d\d in {size}", out)) for size in "NdK"] == [2, 2, 2]
+    length = GaussianMixture(4, 8).running_statistics().flatten().numel()
+    assert f" {length} " in out
+    assert f"all-reduce of {8 * length:,} bytes" in out
 
 
 def test_the_commands_of_the_readme_are_those_of_ci():

@@ -79,7 +79,7 @@ def test_a_fit_reads_the_next_batch_while_it_computes_with_the_last(x, monkeypat
         overlapped.append(begun.wait(SECONDS))
         return expectation(rows, *args, **how)
 
-    monkeypatch.setattr(fitting.functional, "expectation", slow)
+    monkeypatch.setattr(fitting, "expectation", slow)
     gmm = GaussianMixture(3, 2, random_state=0).fit(Stream())
     assert len(overlapped) == 2 * (gmm.n_iter_ + 1)
     assert all(overlapped)
