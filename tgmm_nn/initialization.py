@@ -16,8 +16,7 @@ from tgmm_nn.data import Candidates
 from tgmm_nn.maximization import scatter
 from tgmm_nn.statistics import Statistics, hard_statistics, per_element
 
-__all__ = ["Start", "n_candidates", "nearest", "reseed"]
-
+__all__ = ["Start", "n_candidates", "nearest", "race_size", "reseed"]
 WEIGHT_STARTS = ("uniform", "kmeans")
 COVARIANCE_STARTS = ("empirical", "global", "eye")
 
@@ -25,6 +24,11 @@ COVARIANCE_STARTS = ("empirical", "global", "eye")
 def n_candidates(n_components: int) -> int:
     """Return how many distinct rows a start looks at; of more data it takes a sample."""
     return max(20_000, 100 * n_components)
+
+
+def race_size(n_components: int, n_features: int) -> int:
+    """Return on how many of the candidates several starts are compared: 20 for each number in the means, or 2,000."""
+    return max(2_000, 20 * n_components * n_features)
 
 
 def kmeans(found: Candidates, n_components: int, n_init: int, generator: torch.Generator) -> Tensor:
