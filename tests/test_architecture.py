@@ -28,6 +28,7 @@ ORDER = (
     "sampling",
     "exchange",
     "fitting",
+    "racing",
     "persistence",
     "density",
     "state",

@@ -8,6 +8,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -188,3 +189,14 @@ def test_the_commands_of_the_readme_are_those_of_ci():
     assert command in readme
     assert command in (ROOT / ".ci" / "run").read_text().splitlines()
     assert "pip install -e . && python train.py" in readme
+
+
+def test_the_benchmark_of_restarts_scores_both_sides_alike():
+    """One data set, of clusters far apart, where both find the same mixture."""
+    script = runpy.run_path(str(ROOT / "examples" / "benchmarks" / "restarts.py"))
+    options = Namespace(threads=torch.get_num_threads(), starts=2, tol=1e-3, seed=0, covariance_type="diag")
+    (*ours, reached), (*theirs, wanted) = (script["fit"](who, 0, options) for who in script["WHO"])
+    assert min(*ours, *theirs) > 0
+    assert reached == pytest.approx(wanted, abs=1e-6)
+    for make in script["DATA"].values():
+        assert make(np.random.default_rng(0)).shape == (20_000, 16)

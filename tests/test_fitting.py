@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture as SklearnGaussianMixture
 from torch.utils.data import DataLoader, TensorDataset
 
-from tgmm_nn import GaussianMixture, learning
+from tgmm_nn import GaussianMixture, learning, racing
 from tgmm_nn.maximization import Learned
 
 SKLEARN = {"full": "full", "diag": "diag", "spherical": "spherical", "tied_full": "tied"}
@@ -149,19 +150,112 @@ def test_other_units_take_as_many_iterations_to_the_same_partition(family, scale
 # ----------------------------------------------------------------------------------------- starts and randomness
 
 
-@TO_THE_END
-def test_the_best_of_n_init_starts_by_objective_is_kept(family, clusters, monkeypatch):
-    fits = []
-    fit_from = learning.fit_from
-    monkeypatch.setattr(learning, "fit_from", lambda *args: fits.append(fit_from(*args)) or fits[-1])
-    options = {"init_means": "random", "max_iter": 3, "tol": 0.0, "dtype": torch.float64, "mean_prior": 50.0}
-    gmm = GaussianMixture(3, 2, family, n_init=4, random_state=5, mean_precision_prior=30.0, **options).fit(clusters)
-    scores = [fit.objective for fit in fits]
-    assert len({round(score, 6) for score in scores}) > 1
-    assert gmm.objective_ == max(scores)
-    best = fits[scores.index(max(scores))]
-    assert torch.equal(gmm.means_, best.parameters.means)
-    assert gmm.history_ == best.history
+@pytest.fixture
+def kept(monkeypatch):
+    """Runs that each decision of a race let go on, as its report has them: M-steps so far, and the runs, best first."""
+    rounds, race = [], learning.race
+
+    def noted(*args):
+        *rest, report = args
+        return race(*rest, lambda n_iter, runs: rounds.append((n_iter, runs)) or report(n_iter, runs))
+
+    monkeypatch.setattr(learning, "race", noted)
+    return rounds
+
+
+HARD = {"init_means": "random", "random_state": 5, "dtype": torch.float64, "mean_prior": 50.0, "max_iter": 500}
+
+
+@pytest.mark.parametrize("cem", [False, True])
+def test_a_race_drops_the_poorer_half_by_objective_after_every_round(family, cem, clusters, kept):
+    """All rows are in the sample here, so that the objectives are those of a run of each start alone."""
+    GaussianMixture(3, 2, family, n_init=7, cem=cem, mean_precision_prior=3.0, **HARD).fit(clusters)
+    n_iters = [n_iter for n_iter, _ in kept]
+    assert n_iters == list(range(0, racing.ROUND * len(kept), racing.ROUND))
+    assert len(kept[0][1]) > 1
+    assert len(kept[-1][1]) == 1
+    for (_, before), (n_iter, after) in pairwise(kept):
+        assert len(after) <= (len(before) + 1) // 2
+        assert [run.objective for run in after] == sorted((run.objective for run in after), reverse=True)
+        assert {run.number for run in after} <= {run.number for run in before}
+        assert all(len(run.history) == n_iter + 1 for run in after)
+        of_before = {run.number: run for run in before}
+        for run in after:
+            assert run.history[: n_iter + 1 - racing.ROUND] == of_before[run.number].history
+
+
+def test_the_kept_start_is_a_run_from_that_start_alone(family, clusters, kept):
+    gmm = GaussianMixture(3, 2, family, n_init=4, **(HARD | {"mean_prior": None})).fit(clusters)
+    [run] = kept[-1][1]
+    alone = GaussianMixture(3, 2, family, **(HARD | {"mean_prior": None}))
+    starts = [start for start, _ in alone._starts(alone._survey(clusters, None, sync=True)[1], 4, 1)]
+    alone._write(starts[run.number - 1])
+    for _ in range(len(run.history) - 1 + gmm.n_iter_):
+        alone.em_step(clusters)
+    assert_near(parameters_of(gmm), parameters_of(alone), 1e-9)
+    assert run.history[-1] == pytest.approx(gmm.history_[0], abs=1e-12)
+
+
+def test_starts_that_are_one_are_run_once(kept, generator):
+    """K-means of clusters far apart finds the same partition each time."""
+    x = torch.randn(300, 2, generator=generator, dtype=torch.float64) + 30 * torch.eye(3, 2).repeat(100, 1).double()
+    one, other = (GaussianMixture(3, 2, n_init=n, random_state=0, dtype=torch.float64).fit(x) for n in (1, 6))
+    assert [run.number for run in kept[0][1] if run.number <= 6] == [1]  # those by k-means++ follow
+    assert one.objective_ == pytest.approx(other.objective_, abs=1e-9)
+
+
+@pytest.mark.parametrize("bad", [1, 2, 3])
+def test_a_start_whose_objective_is_no_number_loses(bad, clusters, kept, monkeypatch):
+    starts_of = GaussianMixture._starts
+
+    def starts(self, *args):
+        for number, (start, sums) in enumerate(starts_of(self, *args), start=1):
+            yield (start._replace(means=start.means * torch.nan) if number == bad else start), sums
+
+    monkeypatch.setattr(GaussianMixture, "_starts", starts)
+    gmm = GaussianMixture(3, 2, n_init=3, init_means="random", random_state=0, max_iter=500).fit(clusters)
+    assert np.isfinite(gmm.objective_)
+    assert kept[-1][1][0].number != bad
+
+
+@pytest.mark.parametrize("init_means", ["kmeans", "kpp", "random"])
+def test_a_race_costs_no_pass_over_a_stream_and_its_order_does_not_matter(init_means, clusters, generator):
+    """More rows than the sample has: the same rows race wherever they come from."""
+    passes = []
+
+    class Stream:
+        def __iter__(self):
+            passes.append(1)
+            return iter(x[torch.randperm(3000, generator=generator)].split(170))
+
+    x = torch.cat([clusters + 1e-3 * torch.randn(300, 2, generator=generator) for _ in range(10)])
+    options = {"n_init": 4, "init_means": init_means, "random_state": 1, "max_iter": 500, "dtype": torch.float64}
+    fits = [GaussianMixture(3, 2, **options).fit(rows) for rows in (x, x.flip(0), Stream())]
+    assert len(passes) == 1 + len(fits[-1].history_)
+    for other in fits[1:]:
+        assert other.n_iter_ == fits[0].n_iter_
+        assert_near(parameters_of(other), parameters_of(fits[0]), 1e-11)
+
+
+def test_a_race_of_rows_with_a_log_prior_heeds_it(clusters, kept):
+    """On all rows, where labels make all starts but those that agree with them poor."""
+    log_prior = torch.full((300, 3), -torch.inf, dtype=torch.float64)
+    log_prior[torch.arange(300), torch.arange(3).repeat_interleave(100)] = 0.0
+    gmm = GaussianMixture(3, 2, n_init=3, init_means="random", random_state=0, dtype=torch.float64)
+    gmm.fit(clusters, log_prior=log_prior)
+    expected = torch.stack([rows.mean(0) for rows in clusters.split(100)])
+    assert_near(gmm.means_, expected, 1e-12)
+
+
+def test_better_than_one_start(generator):
+    """Eight clusters, of which one random start misses some and a race of twenty does not."""
+    centres = 4.0 * torch.tensor([[i, j] for i in range(3) for j in range(3) if (i, j) != (1, 1)], dtype=torch.float64)
+    x = (centres[:, None] + torch.randn(8, 400, 2, generator=generator).double()).reshape(-1, 2)
+    options = {"init_means": "random", "random_state": 3, "dtype": torch.float64, "max_iter": 500}
+    one, raced = (GaussianMixture(8, 2, n_init=n, **options).fit(x) for n in (1, 20))
+    oracle = SklearnGaussianMixture(8, means_init=centres.numpy(), tol=1e-6).fit(x.numpy())
+    assert raced.lower_bound_ == pytest.approx(oracle.score(x.numpy()), abs=1e-3)
+    assert one.lower_bound_ < raced.lower_bound_ + 1e-9
 
 
 @pytest.mark.parametrize("init_means", ["kmeans", "kpp", "random"])
@@ -349,9 +443,9 @@ def test_a_warm_start_of_a_fresh_layer_is_a_start_and_later_ones_are_one_run(clu
     fit_from = learning.fit_from
     monkeypatch.setattr(learning, "fit_from", lambda *args: fits.append(fit_from(*args)) or fits[-1])
     gmm = GaussianMixture(3, 2, warm_start=True, n_init=3, max_iter=500).fit(clusters)
-    assert len(fits) == 3
+    assert len(fits) == 1
     gmm.fit(clusters)
-    assert len(fits) == 4
+    assert len(fits) == 2
     assert gmm.n_iter_ <= 2
 
 
@@ -368,8 +462,10 @@ def test_given_means_are_run_once_whatever_n_init(clusters, monkeypatch):
     fits = []
     fit_from = learning.fit_from
     monkeypatch.setattr(learning, "fit_from", lambda *args: fits.append(fit_from(*args)) or fits[-1])
-    GaussianMixture(3, 2, init_means=clusters[:3], n_init=5, max_iter=500).fit(clusters)
+    gmm = GaussianMixture(3, 2, init_means=clusters[:3], n_init=5, max_iter=500).fit(clusters)
     assert len(fits) == 1
+    once = GaussianMixture(3, 2, init_means=clusters[:3], max_iter=500).fit(clusters)
+    assert_same_buffers(gmm, copy_of_buffers(once))
 
 
 @TO_THE_END
@@ -383,11 +479,20 @@ def test_verbose_prints_every_interval_and_the_last(clusters, capsys):
 
 
 @TO_THE_END
-def test_verbose_names_the_start_where_there_are_several(clusters, capsys):
-    GaussianMixture(3, 2, verbose=True, n_init=2, max_iter=1, tol=0.0).fit(clusters)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["EM, start 1 of 2"] * 2 + ["EM, start 2 of 2"] * 2 + ["EM"]
-    assert re.fullmatch(r"EM: kept start [12] of 2, objective .* nats per row", lines[-1])
+def test_verbose_tells_of_the_race_and_of_the_start_that_is_kept(clusters, capsys):
+    options = {"init_means": "random", "n_init": 4, "random_state": 0, "max_iter": 27, "tol": 0.0}
+    gmm = GaussianMixture(3, 2, verbose=True, **options).fit(clusters)
+    *race, first, _, _, last = capsys.readouterr().out.splitlines()
+    pattern = r"EM, race of 4 starts: iteration (\d+), (\d) left, the best is (\d) with objective .* nats per row .*"
+    told = [tuple(map(int, re.fullmatch(pattern, line).groups())) for line in race]
+    assert [(n_iter, left) for n_iter, left, _ in told] == [(0, 4), (10, 2), (20, 1)]
+    assert first.startswith(f"EM: iteration 0, objective {gmm.history_[0]:.6f}")
+    assert last.startswith(f"EM: iteration 27, objective {gmm.objective_:.6f}")
+    GaussianMixture(3, 2, verbose="bar", **options).fit(clusters)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "EM, race of 4 starts: 100%" in err
+    assert "3/3" in err
 
 
 def test_a_fit_is_silent_unless_asked(clusters, capsys):

@@ -22,7 +22,7 @@ from tgmm_nn.priors import Priors
 from tgmm_nn.statistics import Parameters, Statistics
 from tgmm_nn.survey import Survey
 
-__all__ = ["Fit", "Options", "Report", "fit_from", "progress", "sum_over"]
+__all__ = ["Fit", "Options", "Report", "expect", "fit_from", "progress", "sum_over"]
 
 # Numbers formed from a row beyond which whitening, by blocks of triangles, is faster than forming them.
 WIDEST = 4500
@@ -152,6 +152,39 @@ def sum_over(
     return total
 
 
+def expect(parameters: Parameters, data: Rows, found: Survey, options: Options) -> tuple[Statistics, float]:
+    r"""Make an E-step over all rows; return the sums and the objective.
+
+    It takes `moment_statistics` where that is faster (it forms at most four times as many numbers from a row as
+    whitening does, and of full covariances those of up to about 90 features), and the conditioning of the parameters
+    leaves half of the digits of the data's dtype, :math:`b\,\varepsilon \le \sqrt\varepsilon`; elsewhere the form that
+    `expectation` chooses by shapes.
+
+    Args:
+        parameters: Parameters of the E-step.
+        data: Finite rows.
+        found: What a first pass over them found.
+        options: What shapes the run.
+
+    Raises:
+        ValueError: If a stream gives other rows than in the first pass.
+    """
+    covariance, means = options.covariance, parameters.means
+    moments = False
+    if moment_width(means.shape[1], covariance) <= min(4 * means.numel(), WIDEST):
+        scale = found.scale(mixture_mean(parameters))  # moments are taken about the mixture's mean
+        moments = bool(conditioning(scale, parameters, covariance) <= torch.finfo(found.dtype).eps ** -0.5)
+    how: dict[str, Any] = {"moments": moments, "chunk_size": options.chunk_size, "checked": data.streamed}
+    sums = sum_over(data, parameters, covariance, assignment=HARD if options.cem else SOFT, **how)
+    if data.streamed and (n_rows := int(sums.rows + sums.skipped)) != found.n_rows:
+        raise ValueError(
+            f"Expected `x` to give the same rows in each pass, but after one of {found.n_rows} rows a pass of "
+            f"{n_rows} followed."
+        )
+    climbed = sums.classification if options.cem else sums.log_likelihood
+    return sums, float((climbed + options.priors.log_density(*parameters, covariance)) / sums.weight())
+
+
 def fit_from(start: Parameters, data: Rows, found: Survey, options: Options, report: Report) -> Fit:
     r"""Run EM until its objective changes by less than ``tol``.
 
@@ -161,10 +194,7 @@ def fit_from(start: Parameters, data: Rows, found: Survey, options: Options, rep
     with the log-likelihood of the classification, :math:`\sum_n \max_k \log \pi_k N(x_n; \mu_k, \Sigma_k)`, in place of
     the first term for classification EM. Without regularisation it never falls.
 
-    The parameters stay in the dtype of the sums between steps. An E-step takes `moment_statistics` where that is
-    faster (it forms at most four times as many numbers from a row as whitening does, and of full covariances those of
-    up to about 90 features), and the conditioning of the current parameters leaves half of the
-    digits of the data's dtype, :math:`b\,\varepsilon \le \sqrt\varepsilon`; it takes `whitened_statistics` elsewhere.
+    The parameters stay in the dtype of the sums between steps.
 
     Args:
         start: Parameters to start from, in the dtype of the sums.
@@ -173,35 +203,13 @@ def fit_from(start: Parameters, data: Rows, found: Survey, options: Options, rep
         options: What shapes the run.
         report: Is told after each E-step.
     """
-    parameters, history, covariance = start, list[float](), options.covariance
-    bound = torch.finfo(found.dtype).eps ** -0.5
-    narrower = moment_width(start.means.shape[1], covariance) <= min(4 * start.means.numel(), WIDEST)
-
-    def expect() -> Statistics:
-        """Make an E-step, and write its objective down."""
-        scale = found.scale(mixture_mean(parameters))  # moments are taken about the mixture's mean
-        moments = narrower and bool(conditioning(scale, parameters, covariance) <= bound)
-        how: dict[str, Any] = {
-            "assignment": HARD if options.cem else SOFT,
-            "moments": moments,
-            "chunk_size": options.chunk_size,
-        }
-        sums = sum_over(data, parameters, covariance, checked=data.streamed, **how)
-        if data.streamed and (n_rows := int(sums.rows + sums.skipped)) != found.n_rows:
-            raise ValueError(
-                f"Expected `x` to give the same rows in each pass, but after one of {found.n_rows} rows a pass of "
-                f"{n_rows} followed."
-            )
-        climbed = sums.classification if options.cem else sums.log_likelihood
-        log_prior = options.priors.log_density(*parameters, covariance)
-        history.append(float((climbed + log_prior) / sums.weight()))
-        return sums
-
-    expected = expect()
+    parameters, (expected, objective) = start, expect(start, data, found, options)
+    history = [objective]
     report(0, history, "")
     for n_iter in range(1, options.max_iter + 1):
         statistics, parameters = expected, options.maximize(expected, parameters)
-        expected = expect()
+        expected, objective = expect(parameters, data, found, options)
+        history.append(objective)
         converged = abs(history[-1] - history[-2]) < options.tol
         report(n_iter, history, "converged" if converged else "stopped" if n_iter == options.max_iter else "")
         if converged:
@@ -210,13 +218,12 @@ def fit_from(start: Parameters, data: Rows, found: Survey, options: Options, rep
 
 
 @contextmanager
-def progress(verbose: bool | str, interval: int, max_iter: int, start: int, n_starts: int) -> Iterator[Report]:
+def progress(verbose: bool | str, interval: int, max_iter: int) -> Iterator[Report]:
     """Give what tells a user how a run goes: nothing, a line every ``interval`` iterations, or a progress bar."""
-    name = f"EM, start {start} of {n_starts}" if n_starts > 1 else "EM"
     if verbose == "bar":
         from tqdm.auto import tqdm
 
-        with tqdm(total=max_iter, desc=name, unit="it") as bar:
+        with tqdm(total=max_iter, desc="EM", unit="it") as bar:
 
             def advance(n_iter: int, history: list[float], end: str) -> None:
                 bar.total = n_iter if end else max_iter  # a fit that converges early is complete as well
@@ -230,6 +237,6 @@ def progress(verbose: bool | str, interval: int, max_iter: int, start: int, n_st
         if verbose and (end or n_iter % interval == 0):
             change = f", change {history[-1] - history[-2]:+.2e}" if n_iter else ""
             ended = f", {end}" if end else ""
-            print(f"{name}: iteration {n_iter}, objective {history[-1]:.6f} nats per row{change}{ended}", flush=True)
+            print(f"EM: iteration {n_iter}, objective {history[-1]:.6f} nats per row{change}{ended}", flush=True)
 
     yield line

@@ -17,7 +17,6 @@ from tgmm_nn.statistics import Statistics, hard_statistics, per_element
 from tgmm_nn.survey import Candidates
 
 __all__ = ["Start", "n_candidates", "nearest", "reseed"]
-
 WEIGHT_STARTS = ("uniform", "kmeans")
 COVARIANCE_STARTS = ("empirical", "global", "eye")
 

@@ -17,6 +17,7 @@ from tgmm_nn.fitting import Fit, Options, fit_from, progress
 from tgmm_nn.functional import distance
 from tgmm_nn.initialization import Start, n_candidates
 from tgmm_nn.maximization import EVERYTHING, Learned, maximize
+from tgmm_nn.racing import race, race_progress
 from tgmm_nn.statistics import Parameters, Statistics, statistics_of
 from tgmm_nn.steps import MixtureSteps
 from tgmm_nn.survey import Found, Survey, look
@@ -92,12 +93,17 @@ class MixtureEM(MixtureSteps):
         learned: Learned = EVERYTHING,
         sync: bool = True,
     ) -> Self:
-        """Run EM on ``x`` from ``n_init`` starts and keep the best.
+        """Run EM on ``x`` until the objective changes by less than ``tol``, or for ``max_iter`` M-steps.
 
-        Each runs until the objective changes by less than ``tol``, or for ``max_iter`` M-steps. The layer is written
-        once, at the end. A stream is iterated once for the start and once for each E-step, and gives the same mixture
-        as its rows in memory; a thread reads its next batch while EM is at the last. A ``numpy.memmap`` is read batch
-        by batch.
+        The layer is written once, at the end. A stream is iterated once for the start and once for each E-step, and
+        gives the same mixture as its rows in memory; a thread reads its next batch while EM is at the last. A
+        ``numpy.memmap`` is read batch by batch.
+
+        Of several starts (``n_init``) one is kept by a race. Where they are made by k-means, as many starts by
+        k-means++ take part. EM runs from all of them on the distinct rows, or a sample of max(20,000, 100 K) of them
+        (with a ``log_prior`` on all rows). After every ten M-steps the half of poorer objective is dropped, and of
+        starts that came to the same objective all but one. The one that is left goes on with all rows; of this run
+        tell ``history_``, ``n_iter_`` and ``converged_``. A race may drop the start that would have ended highest.
 
         In a ``torch.distributed`` world the rows of all ranks are one data set, and each rank ends with the mixture
         that one process would find: ranks exchange what the first pass found, the start is rank zero's, and the sums
@@ -148,13 +154,15 @@ class MixtureEM(MixtureSteps):
         options, speaks = self._em_options(learned), is_rank_zero() or not found.shared
         warm = self._is_warm(found)
         n_starts = 1 if warm or isinstance(self._start.means, Tensor) else self.n_init
-        starts = self._on(found) if warm else (start for start, _ in self._starts(found, n_starts, 1))
-        fits = []
-        for number, start in enumerate(starts, start=1):
-            reporter = progress(speaks and self.verbose, self.verbose_interval, self.max_iter, number, n_starts)
-            with full_precision(self.means_.device), reporter as report:
-                fits.append(fit_from(start, data, found, options, report))
-        number, best = max(enumerate(fits, start=1), key=lambda numbered: numbered[1].objective)
+        if n_starts > 1:
+            start = self._raced(data, found, options)
+        elif warm:
+            start = Parameters(*_of_rank_zero(self._wide(), found))
+        else:
+            start, _ = next(self._starts(found, 1, 1))
+        reporter = progress(speaks and self.verbose, self.verbose_interval, self.max_iter)
+        with full_precision(self.means_.device), reporter as report:
+            best = fit_from(start, data, found, options, report)
         if not math.isfinite(best.objective):
             raise ValueError(
                 f"Expected `x` to lead EM to a finite mixture, but the objective ended as {best.history[-1]}; rescale "
@@ -166,9 +174,21 @@ class MixtureEM(MixtureSteps):
         self.history_ = best.history
         for name, value in best.outcome.items():
             getattr(self, name).fill_(value)
-        if speaks and self.verbose and n_starts > 1:
-            print(f"EM: kept start {number} of {n_starts}, objective {best.objective:.6f} nats per row")
         return list(self._doubts(best, options, found.dtype)) if speaks else []
+
+    def _raced(self, data: Rows, found: Survey, options: Options) -> Parameters:
+        """Return the parameters to which the best of ``n_init`` starts has come at the end of a race."""
+        field = data
+        if data.log_prior is None:  # which belongs to the rows one by one
+            field = Rows(*found.candidates, self.n_features, self.means_)
+            found = found._replace(n_rows=len(field.x))
+        # K-means often ends in one partition, which need not lead to the best mixture: k-means++ has more variety.
+        methods = ["kmeans", "kpp"] if self._start.means == "kmeans" else [self._start.means]
+        starts = [start for method in methods for start, _ in self._starts(found, self.n_init, 1, method)]
+        speaks = is_rank_zero() or not found.shared
+        with full_precision(self.means_.device), race_progress(speaks and self.verbose, len(starts)) as report:
+            run = race(starts, field, found, options, report)
+        return Parameters(*_of_rank_zero(run.parameters, found))
 
     def _doubts(self, fit: Fit, options: Options, dtype: torch.dtype) -> Iterator[str]:
         """Say what a user should know of a fit of rows of a dtype: where it ended, and what was left out or rounded."""
@@ -226,38 +246,40 @@ class MixtureEM(MixtureSteps):
             data.widen(survey.dtype)  # sums of ranks add up about one reference point, which is rounded to it
         return data, survey
 
-    def _on(self, found: Survey) -> Iterator[Parameters]:
-        """Give the parameters as they are, those of rank zero, as the only start."""
-        return iter([Parameters(*_of_rank_zero(self._wide(), found))])
-
     def _is_warm(self, found: Survey) -> bool:
         """Return whether EM goes on from the parameters as they are, as rank zero has it."""
         warm = torch.tensor([self.warm_start and self.fitted_], dtype=torch.int64, device=self.means_.device)
         return bool(_of_rank_zero([warm], found)[0])
 
-    def _starts(self, found: Survey, n_starts: int, n_init: int) -> Iterator[tuple[Parameters, Statistics]]:
-        """Give starts of EM, parameters and the sums of total weight one that they belong to."""
+    def _starts(
+        self, found: Survey, n_starts: int, n_init: int, means: str | Tensor | None = None
+    ) -> Iterator[tuple[Parameters, Statistics]]:
+        """Give starts of EM, parameters and the sums of total weight one that they belong to.
+
+        By ``init_means``, or by another choice of ``means``.
+        """
+        choice = self._start if means is None else self._start._replace(means=means)
         # Covariances that are given are taken as they are.
         ridge = (self.reg_covar, self.reg_covar_relative) if self._start.is_estimated else (0.0, False)
         generator = torch.Generator().manual_seed(self.seed)
         for _ in range(n_starts):
             with full_precision(self.means_.device):
-                weights, means, elements = self._draw(found, n_init, generator)
+                weights, places, elements = self._draw(choice, found, n_init, generator)
                 # Equal weights here, since an M-step keeps neither mean nor covariance of one that weighs nothing.
                 equal = torch.full_like(weights, 1.0 / len(weights))
-                sums = statistics_of(equal, means, elements, self.covariance)
+                sums = statistics_of(equal, places, elements, self.covariance)
                 start = maximize(sums, self._fresh(), self.covariance, *ridge)
-                sums = statistics_of(weights, means, elements, self.covariance)
+                sums = statistics_of(weights, places, elements, self.covariance)
             yield Parameters(weights, start.means, start.factor), sums
 
-    def _draw(self, found: Survey, n_init: int, generator: torch.Generator) -> Sequence[Tensor]:
+    def _draw(self, choice: Start, found: Survey, n_init: int, generator: torch.Generator) -> Sequence[Tensor]:
         """Return starting weights, means and covariances; on all ranks those that rank zero draws."""
 
         def draw() -> tuple[Tensor, Tensor, Tensor]:
             if found.shared and not is_rank_zero():
                 fresh = self._fresh()
                 return fresh.weights, fresh.means, fresh.factor  # of the shapes and the dtype that will arrive
-            return self._start.mixture(found.candidates, self.covariance, n_init, generator, self.n_components)
+            return choice.mixture(found.candidates, self.covariance, n_init, generator, self.n_components)
 
         return _of_rank_zero(on_all_ranks(draw, self.means_.device, sync=found.shared), found)
 

@@ -18,6 +18,9 @@ from tgmm_nn.statistics import Statistics, accumulator_dtype, hard_statistics
 
 __all__ = ["Candidates", "Found", "Survey", "look", "survey"]
 
+# Numbers that are hashed at once: larger arrays of them leave the cache.
+HASHED = 2**16
+
 
 class Candidates(NamedTuple):
     """Rows from which EM may start, and what each weighs.
@@ -188,11 +191,16 @@ def _sums_of(row: Tensor) -> Statistics:
 
 def _hashes(rows: Tensor) -> Tensor:
     """Return 64 well-mixed bits for each row, the same wherever it stands: a multilinear hash, then a finaliser."""
-    bits = rows.contiguous().view(torch.int32 if rows.element_size() == 4 else torch.int64).to(torch.int64)
-    for shift in (32, 16):  # the low bits of round numbers are zero, and a product moves bits only upwards
-        bits = bits ^ (bits >> shift)
     generator = torch.Generator().manual_seed(0)
     factors = 2 * torch.randint(2**62, (rows.shape[-1],), generator=generator, device="cpu").to(rows.device) + 1
+    size = max(1, HASHED // rows.shape[-1])
+    return torch.cat([_hashes_of_few(few, factors) for few in rows.contiguous().split(size)])
+
+
+def _hashes_of_few(rows: Tensor, factors: Tensor) -> Tensor:
+    bits = rows.view(torch.int32 if rows.element_size() == 4 else torch.int64).to(torch.int64)
+    for shift in (32, 16):  # the low bits of round numbers are zero, and a product moves bits only upwards
+        bits = bits ^ (bits >> shift)
     mixed = (bits * factors).sum(-1)
     for shift in (31, 29):
         mixed = (mixed ^ (mixed >> shift)) * 0x2545F4914F6CDD1D

@@ -1,0 +1,119 @@
+"""Which of several starts EM goes on from: a race of short runs, of which the poorer half drops out again and again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
+
+from tgmm_nn.data import Rows
+from tgmm_nn.fitting import Options, expect
+from tgmm_nn.statistics import Parameters, Statistics
+from tgmm_nn.survey import Survey
+
+__all__ = ["Run", "advance", "best_of", "race", "race_progress"]
+
+# M-steps between two decisions: the order of runs after fewer says little of that at their ends.
+ROUND = 10
+
+
+class Run(NamedTuple):
+    """EM from one of several starts, at the end of an E-step.
+
+    Attributes:
+        number: Which start it came from, counted from one.
+        parameters: Parameters of that E-step, in the dtype of the sums.
+        expected: Sums of that E-step.
+        history: Objectives so far, one for each E-step, in nats per unit of row weight.
+    """
+
+    number: int
+    parameters: Parameters
+    expected: Statistics
+    history: list[float]
+
+    @property
+    def objective(self) -> float:
+        """The last objective; −inf where it is not a number, so that runs can be compared."""
+        return -math.inf if math.isnan(self.history[-1]) else self.history[-1]
+
+
+class RaceReport(Protocol):
+    """What is told after each decision: how many M-steps each run has made, and which go on, best first."""
+
+    def __call__(self, n_iter: int, runs: list[Run]) -> None:
+        """Tell a user."""
+
+
+def race(starts: Sequence[Parameters], data: Rows, found: Survey, options: Options, report: RaceReport) -> Run:
+    """Run EM from all starts, drop the poorer half after every few M-steps, and return the run that is left.
+
+    This is successive halving by the objective. Runs that come to one objective are taken as one.
+
+    Args:
+        starts: Parameters to start from, in the dtype of the sums.
+        data: Finite rows.
+        found: What a first pass over them found.
+        options: What shapes the runs; none makes more than ``max_iter`` M-steps.
+        report: Is told after each decision.
+
+    References:
+        Biernacki, Celeux and Govaert, Choosing starting values for the EM algorithm for getting the highest likelihood
+        in multivariate Gaussian mixture models, 2003.
+        Jamieson and Talwalkar, Non-stochastic best arm identification and hyperparameter optimization, 2016.
+    """
+    same = options.tol / 100
+    expected = [expect(start, data, found, options) for start in starts]
+    runs = [Run(n, p, s, [v]) for n, (p, (s, v)) in enumerate(zip(starts, expected, strict=True), start=1)]
+    runs = best_of(runs, len(runs), same)  # k-means often finds the same partition again
+    report(0, runs)
+    while len(runs) > 1 and (left := options.max_iter + 1 - len(runs[0].history)):
+        for _ in range(min(ROUND, left)):
+            runs = [advance(run, data, found, options) for run in runs]
+        runs = best_of(runs, (len(runs) + 1) // 2, same)
+        report(len(runs[0].history) - 1, runs)
+    return runs[0]
+
+
+def advance(run: Run, data: Rows, found: Survey, options: Options) -> Run:
+    """Make one EM iteration of a run."""
+    parameters = options.maximize(run.expected, run.parameters)
+    expected, objective = expect(parameters, data, found, options)
+    return Run(run.number, parameters, expected, [*run.history, objective])
+
+
+def best_of(runs: Sequence[Run], size: int, same: float) -> list[Run]:
+    """Return the ``size`` runs of the best objectives, best first; of runs whose objectives are the ``same``, one."""
+    kept = list[Run]()
+    for run in sorted(runs, key=lambda run: -run.objective):  # stable: of equals the first start
+        if not kept or kept[-1].objective - run.objective > same:
+            kept.append(run)
+    return kept[:size]
+
+
+@contextmanager
+def race_progress(verbose: bool | str, n_starts: int) -> Iterator[RaceReport]:
+    """Give what tells a user how a race goes: nothing, a line for each decision, or a bar of starts that are out."""
+    name = f"EM, race of {n_starts} starts"
+    if verbose == "bar":
+        from tqdm.auto import tqdm
+
+        with tqdm(total=n_starts - 1, desc=name, unit="start") as bar:
+
+            def drop(n_iter: int, runs: list[Run]) -> None:
+                bar.update(n_starts - len(runs) - bar.n)
+
+            yield drop
+        return
+
+    def line(n_iter: int, runs: list[Run]) -> None:
+        if verbose:
+            best = runs[0]
+            print(
+                f"{name}: iteration {n_iter}, {len(runs)} left, the best is {best.number} with objective "
+                f"{best.objective:.6f} nats per row of the sample",
+                flush=True,
+            )
+
+    yield line
