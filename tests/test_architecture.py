@@ -19,6 +19,7 @@ ORDER = (
     "maximization",
     "assignment",
     "functional",
+    "products",
     "expectation",
     "transport",
     "marginals",

@@ -152,55 +152,68 @@ def test_other_units_take_as_many_iterations_to_the_same_partition(family, scale
 
 @pytest.fixture
 def kept(monkeypatch):
-    """Runs that each decision of a race let go on, as its report has them: M-steps so far, and the runs, best first."""
+    """Runs that each decision of a race leaves, best first."""
     rounds, race = [], learning.race
 
-    def noted(*args):
+    def noted(*args, **how):
         *rest, report = args
-        return race(*rest, lambda n_iter, runs: rounds.append((n_iter, runs)) or report(n_iter, runs))
+        return race(*rest, lambda runs: rounds.append(runs) or report(runs), **how)
 
     monkeypatch.setattr(learning, "race", noted)
     return rounds
 
 
-HARD = {"init_means": "random", "random_state": 5, "dtype": torch.float64, "mean_prior": 50.0, "max_iter": 500}
+HARD = {"init_means": "random", "random_state": 5, "dtype": torch.float64, "max_iter": 500}
 
 
 @pytest.mark.parametrize("cem", [False, True])
-def test_a_race_drops_the_poorer_half_by_objective_after_every_round(family, cem, clusters, kept):
-    """All rows are in the sample here, so that the objectives are those of a run of each start alone."""
-    GaussianMixture(3, 2, family, n_init=7, cem=cem, mean_precision_prior=3.0, **HARD).fit(clusters)
-    n_iters = [n_iter for n_iter, _ in kept]
-    assert n_iters == list(range(0, racing.ROUND * len(kept), racing.ROUND))
-    assert len(kept[0][1]) > 1
-    assert len(kept[-1][1]) == 1
-    for (_, before), (n_iter, after) in pairwise(kept):
+def test_a_race_drops_the_poorer_half_by_objective_after_every_round(family, cem, clusters):
+    gmm = GaussianMixture(3, 2, family, cem=cem, mean_prior=50.0, mean_precision_prior=3.0, tol=1e-6, **HARD)
+    data, found = gmm._survey(clusters, None, sync=True)
+    starts = dict(enumerate(start for start, _ in gmm._starts(found, 7, 1)))
+    rounds, options = [], gmm._em_options()
+    runs = racing.race(starts, data, found, options, rounds.append)
+    assert len(rounds[0]) > 2
+    assert len(runs) == 1
+    for before, after in pairwise(rounds):
         assert len(after) <= (len(before) + 1) // 2
         assert [run.objective for run in after] == sorted((run.objective for run in after), reverse=True)
-        assert {run.number for run in after} <= {run.number for run in before}
-        assert all(len(run.history) == n_iter + 1 for run in after)
         of_before = {run.number: run for run in before}
         for run in after:
-            assert run.history[: n_iter + 1 - racing.ROUND] == of_before[run.number].history
+            assert run.history[: len(of_before[run.number].history)] == of_before[run.number].history
+            made = len(run.history) - len(of_before[run.number].history)
+            assert made == racing.ROUND or run.is_over(options)
+        dropped = [of_before[number].objective for number in set(of_before) - {run.number for run in after}]
+        assert dropped or len(before) == 1
+    assert racing.race(starts, data, found, options, rounds.append, left=3)[0].number in starts
 
 
 def test_the_kept_start_is_a_run_from_that_start_alone(family, clusters, kept):
-    gmm = GaussianMixture(3, 2, family, n_init=4, **(HARD | {"mean_prior": None})).fit(clusters)
-    [run] = kept[-1][1]
-    alone = GaussianMixture(3, 2, family, **(HARD | {"mean_prior": None}))
+    gmm = GaussianMixture(3, 2, family, n_init=4, **HARD).fit(clusters)
+    before, after = kept[-len(kept) :][0], kept[-1]
+    [number] = [run.number for run in after]
+    alone = GaussianMixture(3, 2, family, **HARD)
     starts = [start for start, _ in alone._starts(alone._survey(clusters, None, sync=True)[1], 4, 1)]
-    alone._write(starts[run.number - 1])
-    for _ in range(len(run.history) - 1 + gmm.n_iter_):
+    assert number in [run.number for run in before]
+    alone._write(starts[number - 1])
+    n_steps = gmm.n_iter_ + sum(len(run.history) - 1 for run in _last_of_each_race(kept))
+    for _ in range(n_steps):
         alone.em_step(clusters)
     assert_near(parameters_of(gmm), parameters_of(alone), 1e-9)
-    assert run.history[-1] == pytest.approx(gmm.history_[0], abs=1e-12)
+
+
+def _last_of_each_race(rounds):
+    """Return the winner's run in each of the races, whose histories begin anew."""
+    [winner] = rounds[-1]
+    ends = [i for i, (now, then) in enumerate(pairwise(rounds)) if len(then[0].history) == 1] + [len(rounds) - 1]
+    return [next(run for run in rounds[i] if run.number == winner.number) for i in ends]
 
 
 def test_starts_that_are_one_are_run_once(kept, generator):
     """K-means of clusters far apart finds the same partition each time."""
     x = torch.randn(300, 2, generator=generator, dtype=torch.float64) + 30 * torch.eye(3, 2).repeat(100, 1).double()
     one, other = (GaussianMixture(3, 2, n_init=n, random_state=0, dtype=torch.float64).fit(x) for n in (1, 6))
-    assert [run.number for run in kept[0][1] if run.number <= 6] == [1]  # those by k-means++ follow
+    assert [run.number for run in kept[0] if run.number <= 6] == [1]  # those by k-means++ follow
     assert one.objective_ == pytest.approx(other.objective_, abs=1e-9)
 
 
@@ -215,7 +228,7 @@ def test_a_start_whose_objective_is_no_number_loses(bad, clusters, kept, monkeyp
     monkeypatch.setattr(GaussianMixture, "_starts", starts)
     gmm = GaussianMixture(3, 2, n_init=3, init_means="random", random_state=0, max_iter=500).fit(clusters)
     assert np.isfinite(gmm.objective_)
-    assert kept[-1][1][0].number != bad
+    assert kept[-1][0].number != bad
 
 
 @pytest.mark.parametrize("init_means", ["kmeans", "kpp", "random"])
@@ -483,9 +496,8 @@ def test_verbose_tells_of_the_race_and_of_the_start_that_is_kept(clusters, capsy
     options = {"init_means": "random", "n_init": 4, "random_state": 0, "max_iter": 27, "tol": 0.0}
     gmm = GaussianMixture(3, 2, verbose=True, **options).fit(clusters)
     *race, first, _, _, last = capsys.readouterr().out.splitlines()
-    pattern = r"EM, race of 4 starts: iteration (\d+), (\d) left, the best is (\d) with objective .* nats per row .*"
-    told = [tuple(map(int, re.fullmatch(pattern, line).groups())) for line in race]
-    assert [(n_iter, left) for n_iter, left, _ in told] == [(0, 4), (10, 2), (20, 1)]
+    pattern = r"EM, race of 4 starts: (\d) left, the best is (\d) with objective .* nats per row of the sample"
+    assert [int(re.fullmatch(pattern, line)[1]) for line in race] == [4, 2, 2, 1]  # on few rows, then on all
     assert first.startswith(f"EM: iteration 0, objective {gmm.history_[0]:.6f}")
     assert last.startswith(f"EM: iteration 27, objective {gmm.objective_:.6f}")
     GaussianMixture(3, 2, verbose="bar", **options).fit(clusters)

@@ -115,6 +115,33 @@ def test_rows_mapped_in_chunks_equal_rows_mapped_at_once(family, generator):
     assert_near(chunks, density(x))
 
 
+def test_with_a_gradient_each_chunk_is_formed_again_and_not_kept(family, generator):
+    mixture = random_mixture(family, generator)
+    x, formed = rows_of(mixture, 20, generator).requires_grad_(), []
+
+    def density(rows):
+        formed.append(len(rows))
+        return functional.log_density(rows, mixture.parameters, mixture.covariance)
+
+    value = functional.map_rows(density, x, mixture.parameters, chunk_size=7)
+    assert formed == [7, 7, 6]
+    [gradient] = torch.autograd.grad(value.square().sum(), x, create_graph=True)
+    assert sorted(formed) == sorted(2 * [7, 7, 6])
+    at_once = functional.log_density(x, mixture.parameters, mixture.covariance)
+    [oracle] = torch.autograd.grad(at_once.square().sum(), x, create_graph=True)
+    assert_near(gradient, oracle)
+    (second,), (expected,) = (torch.autograd.grad(g.square().sum(), x) for g in (gradient, oracle))
+    assert_near(second, expected)
+
+
+def test_chunks_have_a_gradient_under_function_transforms(family, generator):
+    mixture = random_mixture(family, generator)
+    x = rows_of(mixture, 20, generator)
+    density = lambda rows: functional.log_density(rows, mixture.parameters, mixture.covariance)  # noqa: E731
+    chunked = lambda rows: functional.map_rows(density, rows, mixture.parameters, chunk_size=7).sum()  # noqa: E731
+    assert_near(torch.func.grad(chunked)(x), torch.func.grad(lambda rows: density(rows).sum())(x))
+
+
 # ----------------------------------------------------------------------------------------------------- the E-step
 
 

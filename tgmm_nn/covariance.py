@@ -310,7 +310,8 @@ class Full(Covariance):
     def whiten(self, x: Tensor, means: Tensor, factor: Tensor) -> Tensor:
         # One product for each factor and block of its columns; the means are whitened apart and subtracted.
         rows, shift, blocks = x.expand(len(factor), -1, -1), means.unsqueeze(-2) @ factor, _blocks(x.shape[-1])
-        return torch.cat([rows[..., :j].bmm(factor[..., :j, i:j]) - shift[..., i:j] for i, j in blocks], -1)
+        y = [rows[..., :j].bmm(factor[..., :j, i:j]) - shift[..., i:j] for i, j in blocks]
+        return y[0] if len(y) == 1 else torch.cat(y, -1)
 
     def whitened_second(self, y: Tensor, r: Tensor) -> Tensor:
         weighted, d = (y * r.unsqueeze(-1)).mT, y.shape[-1]

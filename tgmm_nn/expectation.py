@@ -26,6 +26,7 @@ from tgmm_nn.functional import (
     natural_parameters,
     rows_per_chunk,
 )
+from tgmm_nn.products import add_product_, product
 from tgmm_nn.statistics import Parameters, Statistics, accumulator_dtype
 
 __all__ = [
@@ -180,9 +181,9 @@ def moment_statistics(
             second = covariance.whitened_second(columns.mT[None], shares.weight[None])
         else:
             features = covariance.features(columns)
-            joint.addmm_(quadratic, features)
+            add_product_(joint, quadratic, features)
             shares = responsibilities(joint, weight, prior, assignment, squared < math.inf)
-            second = shares.r @ features.mT
+            second = product(shares.r, features.mT)
         return _sums(shares.r @ columns.mT, second, shares)
 
     size = chunk_size or rows_per_chunk(max(len(linear), moment_width(n_features, covariance)), dtype.itemsize)

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tgmm_nn.covariance import Covariance
 from tgmm_nn.statistics import Parameters, accumulator_dtype
@@ -110,10 +112,17 @@ def log_density_and_entropy(x: Tensor, parameters: Parameters, covariance: Covar
 def map_rows(
     function: Callable[[Tensor], Tensor], x: Tensor, parameters: Parameters, *, chunk_size: int | None = None
 ) -> Tensor:
-    """Apply a function of rows ``(n, d)`` chunk by chunk; in one piece where the number of rows may be symbolic."""
+    """Apply a function of rows ``(n, d)`` chunk by chunk; in one piece where the number of rows may be symbolic.
+
+    Where a gradient is recorded, what a chunk forms is not kept but formed again in the backward pass: memory stays
+    that of the rows, the values and one chunk, whatever K is.
+    """
     size = chunk_size or rows_per_chunk(parameters.means.numel(), x.element_size())
     if torch.compiler.is_compiling() or len(x) <= size:
         return function(x)
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parameters))
+    if recorded and not torch._C._are_functorch_transforms_active():  # which know no checkpoints
+        function = partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
     return torch.cat([function(rows) for rows in x.split(size)])
 
 

@@ -100,10 +100,11 @@ class MixtureEM(MixtureSteps):
         ``numpy.memmap`` is read batch by batch.
 
         Of several starts (``n_init``) one is kept by a race. Where they are made by k-means, as many starts by
-        k-means++ take part. EM runs from all of them on the distinct rows, or a sample of max(20,000, 100 K) of them
-        (with a ``log_prior`` on all rows). After every ten M-steps the half of poorer objective is dropped, and of
-        starts that came to the same objective all but one. The one that is left goes on with all rows; of this run
-        tell ``history_``, ``n_iter_`` and ``converged_``. A race may drop the start that would have ended highest.
+        k-means++ take part. EM runs from all of them on a sample of at most max(20,000, 100 K) distinct rows, first on
+        a quarter of it (with a ``log_prior`` on all rows). After every ten M-steps the half of poorer objective is
+        dropped, and of starts that came to the same objective all but one; runs that converged wait. The one that is
+        left goes on with all rows; of this run tell ``history_``, ``n_iter_`` and ``converged_``. A race may drop the
+        start that would have ended highest.
 
         In a ``torch.distributed`` world the rows of all ranks are one data set, and each rank ends with the mixture
         that one process would find: ranks exchange what the first pass found, the start is rank zero's, and the sums
@@ -178,17 +179,21 @@ class MixtureEM(MixtureSteps):
 
     def _raced(self, data: Rows, found: Survey, options: Options) -> Parameters:
         """Return the parameters to which the best of ``n_init`` starts has come at the end of a race."""
-        field = data
-        if data.log_prior is None:  # which belongs to the rows one by one
-            field = Rows(*found.candidates, self.n_features, self.means_)
-            found = found._replace(n_rows=len(field.x))
         # K-means often ends in one partition, which need not lead to the best mixture: k-means++ has more variety.
         methods = ["kmeans", "kpp"] if self._start.means == "kmeans" else [self._start.means]
-        starts = [start for method in methods for start, _ in self._starts(found, self.n_init, 1, method)]
-        speaks = is_rank_zero() or not found.shared
+        # The first half drops out on few rows; a log-prior belongs to the rows one by one.
+        few = found.candidates.smallest(n_candidates(self.n_components) // 4).sorted()
+        fields = [few, found.candidates] if data.log_prior is None else [data]
+        seen = found._replace(candidates=few)
+        starts = [start for method in methods for start, _ in self._starts(seen, self.n_init, 1, method)]
+        left, speaks = dict(enumerate(starts, start=1)), is_rank_zero() or not found.shared
         with full_precision(self.means_.device), race_progress(speaks and self.verbose, len(starts)) as report:
-            run = race(starts, field, found, options, report)
-        return Parameters(*_of_rank_zero(run.parameters, found))
+            for field in fields:
+                rows = field if isinstance(field, Rows) else Rows(*field, self.n_features, self.means_)
+                size = 1 if field is fields[-1] else (len(left) + 1) // 2
+                left = {run.number: run.parameters for run in race(left, rows, found, options, report, left=size)}
+        [best] = left.values()
+        return Parameters(*_of_rank_zero(best, found))
 
     def _doubts(self, fit: Fit, options: Options, dtype: torch.dtype) -> Iterator[str]:
         """Say what a user should know of a fit of rows of a dtype: where it ended, and what was left out or rounded."""

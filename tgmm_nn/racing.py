@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
@@ -12,7 +12,7 @@ from tgmm_nn.fitting import Options, expect
 from tgmm_nn.statistics import Parameters, Statistics
 from tgmm_nn.survey import Survey
 
-__all__ = ["Run", "advance", "best_of", "race", "race_progress"]
+__all__ = ["Run", "advance", "begin", "best_of", "race", "race_progress"]
 
 # M-steps between two decisions: the order of runs after fewer says little of that at their ends.
 ROUND = 10
@@ -22,7 +22,7 @@ class Run(NamedTuple):
     """EM from one of several starts, at the end of an E-step.
 
     Attributes:
-        number: Which start it came from, counted from one.
+        number: Which start it came from.
         parameters: Parameters of that E-step, in the dtype of the sums.
         expected: Sums of that E-step.
         history: Objectives so far, one for each E-step, in nats per unit of row weight.
@@ -38,25 +38,34 @@ class Run(NamedTuple):
         """The last objective; −inf where it is not a number, so that runs can be compared."""
         return -math.inf if math.isnan(self.history[-1]) else self.history[-1]
 
+    def is_over(self, options: Options) -> bool:
+        """Return whether the last M-step changed the objective by less than ``tol``, or was the last one allowed."""
+        converged = len(self.history) > 1 and abs(self.history[-1] - self.history[-2]) < options.tol
+        return converged or len(self.history) > options.max_iter
+
 
 class RaceReport(Protocol):
-    """What is told after each decision: how many M-steps each run has made, and which go on, best first."""
+    """What is told after each decision: the runs that are left, best first."""
 
-    def __call__(self, n_iter: int, runs: list[Run]) -> None:
+    def __call__(self, runs: list[Run]) -> None:
         """Tell a user."""
 
 
-def race(starts: Sequence[Parameters], data: Rows, found: Survey, options: Options, report: RaceReport) -> Run:
-    """Run EM from all starts, drop the poorer half after every few M-steps, and return the run that is left.
+def race(
+    starts: Mapping[int, Parameters], data: Rows, found: Survey, options: Options, report: RaceReport, *, left: int = 1
+) -> list[Run]:
+    """Run EM from all starts, drop the poorer half after every few M-steps, and return those that are left, best first.
 
-    This is successive halving by the objective. Runs that come to one objective are taken as one.
+    This is successive halving by the objective. Runs that come to one objective are taken as one, and a run that has
+    converged waits for the others.
 
     Args:
-        starts: Parameters to start from, in the dtype of the sums.
+        starts: Parameters to start from, in the dtype of the sums, by number.
         data: Finite rows.
         found: What a first pass over them found.
         options: What shapes the runs; none makes more than ``max_iter`` M-steps.
         report: Is told after each decision.
+        left: At how many runs to stop.
 
     References:
         Biernacki, Celeux and Govaert, Choosing starting values for the EM algorithm for getting the highest likelihood
@@ -64,16 +73,22 @@ def race(starts: Sequence[Parameters], data: Rows, found: Survey, options: Optio
         Jamieson and Talwalkar, Non-stochastic best arm identification and hyperparameter optimization, 2016.
     """
     same = options.tol / 100
-    expected = [expect(start, data, found, options) for start in starts]
-    runs = [Run(n, p, s, [v]) for n, (p, (s, v)) in enumerate(zip(starts, expected, strict=True), start=1)]
+    runs = [begin(number, start, data, found, options) for number, start in starts.items()]
     runs = best_of(runs, len(runs), same)  # k-means often finds the same partition again
-    report(0, runs)
-    while len(runs) > 1 and (left := options.max_iter + 1 - len(runs[0].history)):
-        for _ in range(min(ROUND, left)):
-            runs = [advance(run, data, found, options) for run in runs]
-        runs = best_of(runs, (len(runs) + 1) // 2, same)
-        report(len(runs[0].history) - 1, runs)
-    return runs[0]
+    report(runs)
+    while len(runs) > left:
+        for _ in range(ROUND):
+            runs = [run if run.is_over(options) else advance(run, data, found, options) for run in runs]
+        over = all(run.is_over(options) for run in runs)
+        runs = best_of(runs, left if over else max(left, (len(runs) + 1) // 2), same)
+        report(runs)
+    return runs
+
+
+def begin(number: int, start: Parameters, data: Rows, found: Survey, options: Options) -> Run:
+    """Return a run after its first E-step."""
+    expected, objective = expect(start, data, found, options)
+    return Run(number, start, expected, [objective])
 
 
 def advance(run: Run, data: Rows, found: Survey, options: Options) -> Run:
@@ -101,19 +116,15 @@ def race_progress(verbose: bool | str, n_starts: int) -> Iterator[RaceReport]:
 
         with tqdm(total=n_starts - 1, desc=name, unit="start") as bar:
 
-            def drop(n_iter: int, runs: list[Run]) -> None:
+            def drop(runs: list[Run]) -> None:
                 bar.update(n_starts - len(runs) - bar.n)
 
             yield drop
         return
 
-    def line(n_iter: int, runs: list[Run]) -> None:
+    def line(runs: list[Run]) -> None:
         if verbose:
-            best = runs[0]
-            print(
-                f"{name}: iteration {n_iter}, {len(runs)} left, the best is {best.number} with objective "
-                f"{best.objective:.6f} nats per row of the sample",
-                flush=True,
-            )
+            best = f"the best is {runs[0].number} with objective {runs[0].objective:.6f} nats per row"
+            print(f"{name}: {len(runs)} left, {best} of the sample", flush=True)
 
     yield line

@@ -133,7 +133,8 @@ def apart(options, *task):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENBLAS_")}
     environment |= {"OMP_NUM_THREADS": str(options.threads)}
     command = [sys.executable, __file__, *sys.argv[1:], "--task", *map(str, task)]
-    return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
+    return json.loads(done.stdout) if done.returncode == 0 else None
 
 
 def main():
@@ -154,7 +155,13 @@ def main():
     print(f"{'data':22s} {'seconds':>8s} {'scikit-learn':>12s} {'ratio':>6s} {'of CPU':>6s}  likelihood, ours - theirs")
     rows = []
     for number, name in enumerate(list(DATA)[: options.datasets]):
-        (ours, our_cpu, reached), (theirs, their_cpu, wanted) = (apart(options, who, number) for who in WHO)
+        one, other = (apart(options, who, number) for who in WHO)
+        if one is None or other is None:
+            print(
+                f"{name:22s} {'failed' if one is None else '':>8s} {'failed' if other is None else '':>12s}", flush=True
+            )
+            continue
+        (ours, our_cpu, reached), (theirs, their_cpu, wanted) = one, other
         rows.append((ours / theirs, our_cpu / their_cpu, reached - wanted))
         ratios = f"{rows[-1][0]:6.2f} {rows[-1][1]:6.2f}"
         print(f"{name:22s} {ours:8.2f} {theirs:12.2f} {ratios}  {rows[-1][2]:+.1e}", flush=True)

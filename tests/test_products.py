@@ -1,0 +1,62 @@
+"""Products are the same by each library, and the choice between them is stated."""
+
+import pytest
+import torch
+from oracles import random_mixture
+
+from tgmm_nn import products
+from tgmm_nn.expectation import moment_statistics
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """Return a function that chooses a library as a user does."""
+
+    def choose(name):
+        monkeypatch.setenv("TGMM_NN_PRODUCT", name)
+        products.prefers_onednn.cache_clear()
+
+    yield choose
+    monkeypatch.undo()
+    products.prefers_onednn.cache_clear()
+
+
+@pytest.mark.parametrize("library", ["mkl", "onednn"])
+@pytest.mark.parametrize(("m", "f", "n"), [(1, 1, 1), (3, 136, 64), (32, 200, 7)])
+def test_products_are_those_of_float64_also_of_transposed_views(library, m, f, n, chosen, generator):
+    chosen(library)
+    assert products.prefers_onednn() == (library == "onednn")
+    a, b, total = (torch.randn(*s, generator=generator) for s in ((m, f), (f, n), (m, n)))
+    oracle = a.double() @ b.double()
+    for right in (b, b.mT.contiguous().mT):
+        torch.testing.assert_close(products.product(a, right).double(), oracle, rtol=0, atol=1e-4)
+        again = total.clone()
+        assert products.add_product_(again, a, right) is again
+        torch.testing.assert_close(again.double(), total.double() + oracle, rtol=0, atol=1e-4)
+    assert torch.equal(products.product(a.double(), b.double()), oracle)
+
+
+def test_the_sums_of_an_e_step_do_not_depend_on_the_library(family, chosen, generator):
+    mixture = random_mixture(family, generator, n_features=3, dtype=torch.float32)
+    x, sums = torch.randn(100, 3, generator=generator), {}
+    for library in ("mkl", "onednn"):
+        chosen(library)
+        sums[library] = moment_statistics(x, mixture.parameters, mixture.covariance, chunk_size=37).sums()
+    for one, other in zip(*sums.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("capability", "amd", "onednn"), [("AVX512", True, True), ("AVX512", False, False), ("AVX2", True, False)]
+)
+def test_onednn_is_taken_on_amd_with_avx512_alone(capability, amd, onednn, chosen, monkeypatch):
+    chosen("auto")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(products, "_is_amd", lambda: amd)
+    assert products.prefers_onednn() == onednn
+
+
+def test_an_unknown_library_raises(chosen):
+    chosen("openblas")
+    with pytest.raises(ValueError, match=r"TGMM_NN_PRODUCT to be one of .*'mkl', 'onednn'.*, got 'openblas'"):
+        products.prefers_onednn()

@@ -1,0 +1,55 @@
+"""Matrix products on a CPU by the library that is fast there; the results differ by rounding only."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = ["add_product_", "prefers_onednn", "product"]
+
+CHOICES = ("auto", "mkl", "onednn")
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a @ b`` of two matrices."""
+    return torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "") if _by_onednn(a) else a @ b
+
+
+def add_product_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Add ``a @ b`` to ``total`` in place, and return it."""
+    return total.add_(product(a, b)) if _by_onednn(a) else total.addmm_(a, b)
+
+
+@cache
+def prefers_onednn() -> bool:
+    """Return whether float32 products on the CPU are left to oneDNN, rather than to what torch is built with, MKL.
+
+    MKL takes its AVX2 kernels on processors of AMD, also where they have AVX-512, and is then half as fast as oneDNN.
+    So oneDNN is taken there, and nowhere else: on AMD without AVX-512 both are alike, on Intel MKL is fast itself. The
+    environment variable ``TGMM_NN_PRODUCT`` (``"mkl"`` or ``"onednn"``) decides otherwise, before the first product.
+
+    Raises:
+        ValueError: If the variable is something else.
+    """
+    choice = os.environ.get("TGMM_NN_PRODUCT", "auto")
+    if choice not in CHOICES:
+        raise ValueError(f"Expected the environment variable TGMM_NN_PRODUCT to be one of {CHOICES}, got {choice!r}.")
+    if choice == "mkl" or not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    return choice == "onednn" or (torch.backends.cpu.get_cpu_capability() == "AVX512" and _is_amd())
+
+
+def _is_amd() -> bool:
+    info = Path("/proc/cpuinfo")
+    return info.exists() and "AuthenticAMD" in info.read_text(errors="ignore")
+
+
+def _by_onednn(a: Tensor) -> bool:
+    """Return whether a product with ``a`` goes to oneDNN, whose kernel is not one that can be traced."""
+    return (
+        a.dtype == torch.float32 and a.device.type == "cpu" and not torch.compiler.is_compiling() and prefers_onednn()
+    )
