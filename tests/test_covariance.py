@@ -234,6 +234,28 @@ def test_inner_is_the_trace_of_the_product(covariance, elements):
     assert_near(covariance.inner(elements, other, D), trace)
 
 
+@pytest.mark.parametrize("name", ["full", "tied_full"])
+@pytest.mark.parametrize("d", [127, 128, 150])
+def test_products_over_blocks_of_a_triangle_are_the_products_of_whole_matrices(name, d, generator):
+    """Large matrices go by blocks; these are the dense sums."""
+    covariance = COVARIANCES[name]
+    elements = random_covariances(name, 2, d, generator)
+    factor, exists = covariance.factor(elements)
+    lower = torch.linalg.cholesky(elements)
+    assert exists.all()
+    assert (factor.tril(-1) == 0).all()
+    assert_near(factor.mT @ lower, torch.eye(d).double().expand_as(lower), 1e-11)
+    x, means = (torch.randn(n, d, generator=generator, dtype=torch.float64) for n in (30, 2))
+    r = torch.rand(2, 30, generator=generator, dtype=torch.float64)
+    away = x - means[:, None]
+    y = covariance.whiten(x, means, factor)
+    assert_near(y, torch.linalg.solve_triangular(lower, away.mT, upper=False).mT, 1e-11)
+    second = covariance.whitened_second(y, r)
+    assert_near(second, covariance.pool((y * r[..., None]).mT @ y), 1e-12)
+    back = covariance.congruence(covariance.root(factor), second)
+    assert_near(back, covariance.pool((away * r[..., None]).mT @ away), 1e-10)
+
+
 def test_structures_are_frozen_and_equal_by_value(covariance):
     assert covariance == type(covariance)(tied=covariance.tied)
     with pytest.raises(AttributeError):

@@ -17,7 +17,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture as SklearnGaussianMixture
 from torch.utils.data import DataLoader, TensorDataset
 
-from tgmm_nn import GaussianMixture, learning, racing
+from tgmm_nn import GaussianMixture, fitting, learning, racing
 from tgmm_nn.maximization import Learned
 
 SKLEARN = {"full": "full", "diag": "diag", "spherical": "spherical", "tied_full": "tied"}
@@ -757,3 +757,33 @@ def test_fit_takes_a_log_prior_of_rows_and_what_may_move(family, generator):
         gmm.fit(DataLoader(TensorDataset(x)), log_prior=log_prior)
     with pytest.raises(ValueError, match=r"`log_prior` of shape \(120, 2\)"):
         gmm.fit(x, log_prior=log_prior[:3])
+
+
+# ------------------------------------------------------------------------------------------- which form an E-step takes
+
+
+@pytest.mark.parametrize(
+    ("d", "n_components", "sd", "moments"),
+    [
+        (4, 3, 1.0, True),
+        (4, 3, 1e-3, False),  # the range is 1e6 variances: float32 has no digits for its square
+        (20, 1, 1.0, False),  # 231 numbers of a row, where whitening forms 20
+        (100, 60, 1.0, False),  # wide
+    ],
+)
+def test_fit_takes_moments_where_they_are_faster_and_the_conditioning_allows(
+    d, n_components, sd, moments, generator, monkeypatch
+):
+    taken, expectation = set(), fitting.expectation
+
+    def noted(*args, moments, **how):
+        taken.add(moments)
+        return expectation(*args, moments=moments, **how)
+
+    monkeypatch.setattr(fitting, "expectation", noted)
+    means = torch.randn(n_components, d, generator=generator)
+    x = means.repeat(10, 1) + sd * torch.randn(10 * n_components, d, generator=generator)
+    options = {"init_means": means, "init_covariances": sd**2, "reg_covar": sd**2}
+    gmm = GaussianMixture(n_components, d, **options, max_iter=1, tol=1e9)
+    gmm.fit(x)
+    assert taken == {moments}

@@ -166,6 +166,15 @@ def test_all_forms_of_the_e_step_are_the_sums_written_out(family, form, extras, 
         torch.testing.assert_close(value, oracle, rtol=tolerance, atol=tolerance * float(oracle.abs().max()))
 
 
+def test_the_form_is_chosen_by_shapes_and_by_what_the_caller_says_of_conditioning(family, generator):
+    """Whitened sums are about each component's own mean, moments about one point."""
+    mixture = random_mixture(family, generator)
+    x = rows_of(mixture, 10, generator)
+    by_shapes = expectation(x, mixture.parameters, mixture.covariance)
+    assert by_shapes.origin.ndim == (2 if family == "full" else 1)
+    assert expectation(x, mixture.parameters, mixture.covariance, moments=True).origin.ndim == 1
+
+
 @FORMS
 def test_an_integer_weight_is_as_many_equal_rows(family, moments, generator):
     mixture = random_mixture(family, generator)
@@ -420,7 +429,8 @@ def test_a_float32_step_far_from_zero_agrees_with_float64(family, moments, offse
     torch.testing.assert_close(covariances, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
 
 
-def test_the_form_chosen_by_shapes_is_accurate_for_narrow_components_far_apart_in_float32(family, generator):
+@pytest.mark.parametrize("form", [expectation, whitened_statistics, partial(moment_statistics, dtype=torch.float64)])
+def test_forms_but_moments_in_float32_are_accurate_for_narrow_components_far_apart(form, family, generator):
     """Components of sd 0.01, 200 sd apart: sums about one common point would keep three digits of a variance."""
     mixture = random_mixture(family, generator, n_features=3)
     means = 2.0 * torch.eye(3).double()
@@ -428,8 +438,7 @@ def test_the_form_chosen_by_shapes_is_accurate_for_narrow_components_far_apart_i
     x = (means.repeat(200, 1) + 0.01 * torch.randn(600, 3, generator=generator).double()).float()
 
     def step(x, parameters):
-        sums = expectation(x, parameters, mixture.covariance)
-        return maximize(sums, parameters, mixture.covariance)
+        return maximize(form(x, parameters, mixture.covariance), parameters, mixture.covariance)
 
     got, oracle = step(x, parameters).to(torch.float64), step(x.double(), parameters.to(torch.float64))
     torch.testing.assert_close(got.means, oracle.means, rtol=0, atol=2e-7)

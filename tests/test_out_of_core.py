@@ -354,3 +354,22 @@ def test_pieces_are_the_whole_in_its_order(shape, tmp_path, monkeypatch, generat
 def test_an_array_without_rows_is_not_taken_for_a_file(x):
     assert not is_mapped(x.numpy())
     assert not is_mapped(x)
+
+
+# --------------------------------------------------------------------------------------- memory, beside rows and result
+
+
+@pytest.mark.parametrize("what", ["em_step", "statistics", "forward", "score_samples", "predict", "backward"])
+def test_what_a_pass_forms_is_of_the_size_of_a_chunk_and_not_of_the_rows(what, family, generator):
+    """Beside a gradient of the size of the rows: of these, all responsibilities would be 400,000 numbers."""
+    gmm = GaussianMixture(10, 8, family).set_parameters(
+        torch.full((10,), 0.1), 3 * torch.randn(10, 8, generator=generator), GaussianMixture(10, 8, family).covariances_
+    )
+    gmm.chunk_size, x = 1000, torch.randn(40_000, 8, generator=generator)
+    allowed = x.numel() if what == "backward" else 1000 * 10 * 8
+    with Largest() as largest:
+        if what == "backward":
+            gmm(x.requires_grad_()).sum().backward()
+        else:
+            getattr(gmm, what)(x)
+    assert largest.bytes <= allowed * 8
