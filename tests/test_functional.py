@@ -468,3 +468,19 @@ def test_statistics_carry_the_structure_that_shaped_them(family, generator):
     assert isinstance(sums, Statistics)
     assert sums.covariance == mixture.covariance
     assert sums.second.shape == mixture.covariances.shape
+
+
+def test_without_float64_all_families_are_whitened_in_float32(family, generator, monkeypatch):
+    """As on devices that have no float64."""
+    for module in ("functional", "expectation", "statistics"):
+        monkeypatch.setattr(f"tgmm_nn.{module}.accumulator_dtype", lambda device: torch.float32)
+    mixture = random_mixture(family, generator, dtype=torch.float32)
+    x = rows_of(mixture, 40, generator, torch.float32)
+    sums = expectation(x, mixture.parameters, mixture.covariance)
+    assert sums.origin.ndim == 2
+    assert {s.dtype for s in sums.sums()} == {torch.float32}
+    oracle = brute_force(x, mixture, family)
+    for value, expected in zip(sums.about(torch.zeros(2)).sums()[:5], oracle, strict=True):
+        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    density = functional.log_density(x, mixture.parameters, mixture.covariance)
+    assert_near(density.double(), distribution(*mixture.parameters[:2], mixture.covariances).log_prob(x).double(), 1e-5)
