@@ -13,6 +13,7 @@ ORDER = (
     "checks",
     "distributed",
     "statistics",
+    "triangular",
     "covariance",
     "schedules",
     "priors",

@@ -22,7 +22,6 @@ The factor of a covariance Σ is P with :math:`\Sigma^{-1} = P P^\top`; :math:`y
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +30,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
 from tgmm_nn import checks
+from tgmm_nn.triangular import blocks_of, inverse_of_lower, symmetric
 
 __all__ = ["COVARIANCES", "Covariance", "Diagonal", "Full", "Spherical"]
 
@@ -211,7 +211,7 @@ class Covariance(ABC):
             elements = tensor * self.identity(n_components, n_features, tensor)
         else:
             elements = tensor.expand(self.leading(n_components), *self.shape(n_features)).clone()
-        checks.check_symmetric(name, elements, matrix=len(self.shape(n_features)) == 2)
+        checks.checksymmetric(name, elements, matrix=len(self.shape(n_features)) == 2)
         bad = (~self.is_positive(elements)).nonzero().flatten().tolist()
         if bad:
             raise ValueError(f"Expected `{name}` to be positive definite, but {bad} (by component) are not.")
@@ -272,11 +272,11 @@ class Full(Covariance):
 
     def factor(self, covariance: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         lower, info = torch.linalg.cholesky_ex(covariance)
-        factor = _inverse_of_lower(lower).mT.to(dtype or covariance.dtype)
+        factor = inverse_of_lower(lower).mT.to(dtype or covariance.dtype)
         return factor, (info == 0) & (factor.abs().amax((-2, -1)) < torch.inf)
 
     def root(self, factor: Tensor) -> Tensor:
-        return _inverse_of_lower(factor.mT)
+        return inverse_of_lower(factor.mT)
 
     def square(self, factor: Tensor) -> Tensor:
         return factor @ factor.mT
@@ -285,11 +285,11 @@ class Full(Covariance):
         return (element @ rows.unsqueeze(-1)).squeeze(-1)
 
     def congruence(self, root: Tensor, second: Tensor) -> Tensor:
-        blocks = list(_blocks(root.shape[-1]))
+        blocks = list(blocks_of(root.shape[-1]))
         if len(blocks) == 1:
             return root @ second @ root.mT
         half = torch.cat([root[..., i:j, :j] @ second[..., :j, :] for i, j in blocks], -2)
-        return _symmetric([half[..., i:j, :j] @ root[..., :j, :j].mT for i, j in blocks])
+        return symmetric([half[..., i:j, :j] @ root[..., :j, :j].mT for i, j in blocks])
 
     def log_det(self, factor: Tensor, n_features: int) -> Tensor:
         return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
@@ -309,13 +309,13 @@ class Full(Covariance):
 
     def whiten(self, x: Tensor, means: Tensor, factor: Tensor) -> Tensor:
         # One product for each factor and block of its columns; the means are whitened apart and subtracted.
-        rows, shift, blocks = x.expand(len(factor), -1, -1), means.unsqueeze(-2) @ factor, _blocks(x.shape[-1])
+        rows, shift, blocks = x.expand(len(factor), -1, -1), means.unsqueeze(-2) @ factor, blocks_of(x.shape[-1])
         y = [rows[..., :j].bmm(factor[..., :j, i:j]) - shift[..., i:j] for i, j in blocks]
         return y[0] if len(y) == 1 else torch.cat(y, -1)
 
     def whitened_second(self, y: Tensor, r: Tensor) -> Tensor:
         weighted, d = (y * r.unsqueeze(-1)).mT, y.shape[-1]
-        return _symmetric([self.pool(weighted[..., i:j, :] @ y[..., :j]) for i, j in _blocks(d)])
+        return symmetric([self.pool(weighted[..., i:j, :] @ y[..., :j]) for i, j in blocks_of(d)])
 
     def features(self, x: Tensor) -> Tensor:
         x = x.contiguous()
@@ -502,43 +502,6 @@ class Spherical(Uncorrelated):
 
     def unpack(self, features: Tensor, n_features: int) -> Tensor:
         return features.squeeze(-1)
-
-
-BLOCK = 64
-
-
-def _blocks(n_features: int) -> Iterator[tuple[int, int]]:
-    """Give blocks of columns of a triangle, whose products need not touch its empty half; one where that is small."""
-    size = BLOCK if n_features >= 2 * BLOCK else n_features
-    return ((start, min(start + size, n_features)) for start in range(0, n_features, size))
-
-
-def _symmetric(rows: list[Tensor]) -> Tensor:
-    """Return symmetric matrices of blocks of rows, each up to the diagonal."""
-    if len(rows) == 1:
-        return rows[0]
-    n_features = rows[-1].shape[-1]
-    matrix = rows[-1].new_empty(*rows[-1].shape[:-2], n_features, n_features)
-    for block in rows:
-        size, end = block.shape[-2:]
-        matrix[..., end - size : end, :end] = block
-        matrix[..., : end - size, end - size : end] = block[..., : end - size].mT
-    return matrix
-
-
-def _inverse_of_lower(lower: Tensor) -> Tensor:
-    """Return the inverse of each lower triangular matrix, by halves, so that large ones are products.
-
-    By triangular solves at the bottom: batched LU can fail inside MKL.
-    """
-    d = lower.shape[-1]
-    if d <= BLOCK:
-        eye = torch.eye(d, dtype=lower.dtype, device=lower.device)
-        return torch.linalg.solve_triangular(lower, eye, upper=False)
-    first, last = _inverse_of_lower(lower[..., : d // 2, : d // 2]), _inverse_of_lower(lower[..., d // 2 :, d // 2 :])
-    below = -last @ (lower[..., d // 2 :, : d // 2] @ first)
-    above = torch.zeros_like(below.mT)
-    return torch.cat([torch.cat([first, above], -1), torch.cat([below, last], -1)], -2)
 
 
 COVARIANCES: dict[str, Covariance] = {

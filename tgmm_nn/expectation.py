@@ -163,8 +163,21 @@ def moment_statistics(
     :math:`-\tfrac12 \mathrm{tr}(A \sum_n w_n \tilde x_n \tilde x_n^\top)`. The relative error of a covariance is about
     `conditioning` times the epsilon of ``dtype``.
 
-    Args and returns are those of `whitened_statistics`, but for the reference point, the mixture's mean, and:
+    Args:
+        x: See `whitened_statistics`.
+        parameters: See there.
+        covariance: See there.
+        sample_weight: See there.
+        log_prior: See there.
+        assignment: See there.
         dtype: What the products are formed in; None is the dtype of ``x``.
+        chunk_size: See there.
+
+    Returns:
+        Statistics about the mixture's mean.
+
+    References:
+        Wainwright and Jordan, Graphical models, exponential families, and variational inference, 2008.
     """
     wide, dtype, n_features = accumulator_dtype(x.device), dtype or x.dtype, x.shape[-1]
     origin = mixture_mean(parameters).to(x.dtype)
