@@ -211,7 +211,7 @@ class Covariance(ABC):
             elements = tensor * self.identity(n_components, n_features, tensor)
         else:
             elements = tensor.expand(self.leading(n_components), *self.shape(n_features)).clone()
-        checks.checksymmetric(name, elements, matrix=len(self.shape(n_features)) == 2)
+        checks.check_symmetric(name, elements, matrix=len(self.shape(n_features)) == 2)
         bad = (~self.is_positive(elements)).nonzero().flatten().tolist()
         if bad:
             raise ValueError(f"Expected `{name}` to be positive definite, but {bad} (by component) are not.")
