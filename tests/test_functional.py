@@ -167,12 +167,51 @@ def test_all_forms_of_the_e_step_are_the_sums_written_out(family, form, extras, 
 
 
 def test_the_form_is_chosen_by_shapes_and_by_what_the_caller_says_of_conditioning(family, generator):
-    """Whitened sums are about each component's own mean, moments about one point."""
+    """Whitened sums are about each component's own mean, moments about one point; float64 rows have no wider dtype."""
+    for n_features, whitened in ((32, False), (33, family == "full")):
+        mixture = random_mixture(family, generator, n_features=n_features)
+        x = rows_of(mixture, 10, generator)
+        assert expectation(x.float(), mixture.parameters, mixture.covariance).origin.ndim == 1 + whitened
+        assert expectation(x, mixture.parameters, mixture.covariance).origin.ndim == 2
+        assert expectation(x, mixture.parameters, mixture.covariance, moments=True).origin.ndim == 1
+
+
+@pytest.mark.parametrize(("spacing", "dtype"), [(30.0, torch.float32), (1000.0, torch.float32), (1e6, torch.float64)])
+def test_the_density_of_components_far_apart_is_that_of_the_nearest(spacing, dtype, family, generator):
+    """The difference to a far component's joint would carry the rounding of that joint, which is large."""
+    mixture = random_mixture(family, generator, dtype=dtype)
+    means = spacing * torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=dtype)
+    parameters = mixture.parameters._replace(means=means)
+    x = means.repeat(20, 1) + torch.randn(60, 2, generator=generator, dtype=torch.float64).to(dtype)
+    oracle = distribution(parameters.weights.double(), means.double(), mixture.covariances.double())
+    got = functional.log_density(x, parameters, mixture.covariance)
+    rounding = spacing * torch.finfo(dtype).eps
+    torch.testing.assert_close(got.double(), oracle.log_prob(x.double()), rtol=0, atol=20 * rounding + 1e-5)
+
+
+@pytest.mark.parametrize("n_features", [1, 2])
+def test_joint_and_density_of_float32_rows_have_gradients(n_features, family, generator):
+    mixture = random_mixture(family, generator, n_features=n_features)
+    x, narrow = rows_of(mixture, 5, generator), mixture.parameters.to(torch.float32)
+    for function in (functional.log_joint, functional.log_density):
+        got = torch.func.jacrev(lambda rows: function(rows, narrow, mixture.covariance))(x.float())  # noqa: B023
+        oracle = torch.func.jacrev(lambda rows: function(rows, mixture.parameters, mixture.covariance))(x)  # noqa: B023
+        torch.testing.assert_close(got.double(), oracle, rtol=1e-4, atol=1e-4)
+
+
+def test_a_component_narrower_than_float32_resolves_at_the_range_of_the_mixture_keeps_its_variance(family, generator):
+    """At 0 with sd 3e-4, beside one at 1000: the reference point lies far from both, and rows are widened first."""
+    if family.startswith("tied"):
+        pytest.skip("one covariance has one width")
     mixture = random_mixture(family, generator)
-    x = rows_of(mixture, 10, generator)
-    by_shapes = expectation(x, mixture.parameters, mixture.covariance)
-    assert by_shapes.origin.ndim == (2 if family == "full" else 1)
-    assert expectation(x, mixture.parameters, mixture.covariance, moments=True).origin.ndim == 1
+    means = torch.tensor([[0.0, 0.0], [1000.0, 0.0], [0.0, 1000.0]])
+    x = torch.cat([3e-4 * torch.randn(500, 2, generator=generator), means[1:].repeat(50, 1)])
+    parameters = Parameters(torch.full((3,), 1 / 3), means, 1e4 * mixture.covariance.identity(3, 2))
+    sums = expectation(x, parameters, mixture.covariance)
+    new = maximize(sums, parameters.to(torch.float64), mixture.covariance)
+    got = mixture.covariance.variances(covariances_of(new, mixture.covariance)[0])
+    expected = x[:500].double().var(0, correction=0)
+    torch.testing.assert_close(got, expected if len(got) == 2 else expected.mean()[None], rtol=3e-3, atol=0)
 
 
 @FORMS

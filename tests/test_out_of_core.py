@@ -356,6 +356,12 @@ def test_an_array_without_rows_is_not_taken_for_a_file(x):
     assert not is_mapped(x)
 
 
+def test_an_array_in_a_file_may_be_read_backwards(x, tmp_path):
+    mapped = in_a_file(tmp_path, x)[::-1]
+    one, other = (GaussianMixture(3, 2, random_state=0, max_iter=500).fit(rows) for rows in (mapped, x.flip(0)))
+    torch.testing.assert_close(one.means_, other.means_)
+
+
 # --------------------------------------------------------------------------------------- memory, beside rows and result
 
 

@@ -22,7 +22,7 @@ def chosen(monkeypatch):
 
 
 @pytest.mark.parametrize("library", ["mkl", "onednn"])
-@pytest.mark.parametrize(("m", "f", "n"), [(1, 1, 1), (3, 136, 64), (32, 200, 7)])
+@pytest.mark.parametrize(("m", "f", "n"), [(1, 1, 1), (3, 136, 64), (32, 200, 7), (3, 4, 0), (3, 0, 4)])
 def test_products_are_those_of_float64_also_of_transposed_views(library, m, f, n, chosen, generator):
     chosen(library)
     assert products.prefers_onednn() == (library == "onednn")

@@ -47,8 +47,8 @@ class Covariance(ABC):
 
     - ``outer`` is bilinear, and ``outer(x, x)`` has mean diagonal :math:`|x|^2 / d`;
     - ``square(root(P)) == c`` for the factor P of every positive definite element c, and ``square(P)`` is its inverse;
-    - ``features(x) @ dual(A, d)`` is :math:`x^\top A x`, ``unpack(features(x), d) == outer(x, x)``, and ``pack`` undoes
-      ``unpack``;
+    - for a column x, ``dual(A, d) @ features(x)`` is :math:`x^\top A x`, and features unpack into ``outer``; ``pack``
+      undoes ``unpack``;
     - ``whiten`` gives rows whose squared length is the Mahalanobis distance, and ``log_det`` the matching normaliser;
     - ``congruence(root(P), whitened_second(whiten(x), r)) == Σ r outer(x - μ, x - μ)``;
     - ``inner(A, B, d)`` is :math:`\mathrm{tr}(A B)`, ``block(c, dims)`` the covariance of the features ``dims``, and
@@ -136,7 +136,7 @@ class Covariance(ABC):
 
     @abstractmethod
     def whiten(self, x: Tensor, means: Tensor, factor: Tensor) -> Tensor:
-        """Return ``Pᵀ (x - μ_k)`` for rows ``(n, d)`` and means ``(K, d)``, shape ``(n, K, d)``."""
+        """Return ``Pᵀ (x - μ_k)`` for rows ``(n, d)`` and means ``(K, d)``, shape ``(K, n, d)``."""
 
     @abstractmethod
     def whitened_second(self, y: Tensor, r: Tensor) -> Tensor:
@@ -318,8 +318,11 @@ class Full(Covariance):
         return symmetric([self.pool(weighted[..., i:j, :] @ y[..., :j]) for i, j in blocks_of(d)])
 
     def features(self, x: Tensor) -> Tensor:
-        x = x.contiguous()
         d, n = x.shape
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # neither writes into a part of a tensor
+            first, second = torch.triu_indices(d, d, device=x.device).unbind()
+            return x[first] * x[second]
+        x = x.contiguous()
         pairs = x.new_empty(d * (d + 1) // 2, n)
         for i, rows in enumerate(pairs.split(list(range(d, 0, -1)))):
             torch.mul(x[i:], x[i], out=rows)  # a list of products would be copied once more

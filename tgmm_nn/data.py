@@ -218,7 +218,7 @@ def _batches_of(stream: Iterable[Any]) -> Generator[Any, None, None]:
 
 def _form(x: np.memmap[Any, Any]) -> Tensor:
     """Return a tensor of the shape and dtype of a mapped array, without its numbers."""
-    return checks.to_tensor("x", x[:0], torch.float32).new_empty(x.shape, device="meta")
+    return checks.to_tensor("x", np.empty((0, *x.shape[1:]), x.dtype), torch.float32).new_empty(x.shape, device="meta")
 
 
 def checked(rows: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:

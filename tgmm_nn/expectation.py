@@ -39,6 +39,9 @@ __all__ = [
 
 Sums = tuple[Tensor, ...]
 
+# Features up to which products in float64 are no slower than whitening in float32, which then moves more than it adds.
+FEW = 32
+
 
 def expectation(
     x: Tensor,
@@ -56,9 +59,10 @@ def expectation(
     The form is chosen by shapes alone, but for ``moments``, where a caller who may look at values has done so:
 
     - ``moments``: `moment_statistics` in the dtype of the rows;
-    - else, where a row's moments are hardly more numbers than the row (`Covariance.is_narrow`: all families but the
-      untied full one): `moment_statistics` in float64, whose digits are enough for any range that float32 rows have;
-    - else, and on devices without float64: `whitened_statistics`.
+    - else, for float32 rows whose moments are hardly more numbers than the row (`Covariance.is_narrow`: all families
+      but the untied full one), or which have few features: `moment_statistics` in float64, whose digits are enough for
+      what float32 rows can tell apart;
+    - else, for float64 rows, and on devices without float64: `whitened_statistics`.
 
     Args:
         x: Rows, shape ``(n, d)``.
@@ -69,13 +73,16 @@ def expectation(
         assignment: How a row is shared among components.
         moments: Whether `conditioning` allows moments in the dtype of the rows.
         chunk_size: Rows in a chunk; None chooses by the size of the arrays.
+
+    Returns:
+        Statistics about each component's own mean, or about the mixture's, totals in float64.
     """
     if assignment.offset is not None:
         parameters = revivable(parameters)
     wide = accumulator_dtype(x.device)
-    narrow = covariance.is_narrow(x.shape[-1]) and wide == torch.float64
+    narrow = covariance.is_narrow(x.shape[-1]) or x.shape[-1] <= FEW
     of_rows = (sample_weight, log_prior, assignment)
-    if moments or narrow:
+    if moments or (narrow and x.dtype != wide):
         dtype = x.dtype if moments else wide
         return moment_statistics(x, parameters, covariance, *of_rows, dtype=dtype, chunk_size=chunk_size)
     return whitened_statistics(x, parameters, covariance, *of_rows, chunk_size=chunk_size)
@@ -180,14 +187,14 @@ def moment_statistics(
         Wainwright and Jordan, Graphical models, exponential families, and variational inference, 2008.
     """
     wide, dtype, n_features = accumulator_dtype(x.device), dtype or x.dtype, x.shape[-1]
-    origin = mixture_mean(parameters).to(x.dtype)
+    origin = mixture_mean(parameters).to(dtype)
     constant, linear, quadratic = (
         LOG2_E * theta.to(dtype) for theta in natural_parameters(parameters, origin, covariance)
     )
 
     def sums(rows: Tensor, weight: Tensor | None, prior: Tensor | None) -> Sums:
-        rows, squared = mask_rows(rows - origin)
-        columns = rows.to(dtype).mT
+        rows, squared = mask_rows(rows.to(dtype) - origin, x.dtype)
+        columns = rows.mT
         joint = torch.addmm(constant[:, None], linear, columns)
         if covariance.tied:
             shares = responsibilities(joint, weight, prior, assignment, squared < math.inf)

@@ -22,7 +22,7 @@ from tgmm_nn.priors import Priors
 from tgmm_nn.statistics import Parameters, Statistics
 from tgmm_nn.survey import Survey
 
-__all__ = ["Fit", "Options", "Report", "expect", "fit_from", "progress", "sum_over"]
+__all__ = ["Expected", "Fit", "Options", "Report", "expect", "fit_from", "maximize_from", "progress", "sum_over"]
 
 # Numbers formed from a row beyond which whitening, by blocks of triangles, is faster than forming them.
 WIDEST = 4500
@@ -152,37 +152,78 @@ def sum_over(
     return total
 
 
-def expect(parameters: Parameters, data: Rows, found: Survey, options: Options) -> tuple[Statistics, float]:
-    r"""Make an E-step over all rows; return the sums and the objective.
+class Expected(NamedTuple):
+    """An E-step over all rows.
+
+    Attributes:
+        sums: What the M-step needs.
+        objective: What EM climbs, in nats per unit of row weight.
+        moments: Whether the sums are moments in the dtype of the rows.
+    """
+
+    sums: Statistics
+    objective: float
+    moments: bool
+
+
+def expect(parameters: Parameters, data: Rows, found: Survey, options: Options, *, precise: bool = False) -> Expected:
+    r"""Make an E-step over all rows.
 
     It takes `moment_statistics` where that is faster (it forms at most four times as many numbers from a row as
-    whitening does, and of full covariances those of up to about 90 features), and the conditioning of the parameters
-    leaves half of the digits of the data's dtype, :math:`b\,\varepsilon \le \sqrt\varepsilon`; elsewhere the form that
-    `expectation` chooses by shapes.
+    whitening does, and of full covariances those of up to about 90 features), and where the range of the rows leaves
+    half of the digits of their dtype (`resolves`); elsewhere the form that `expectation` chooses by shapes.
 
     Args:
         parameters: Parameters of the E-step.
         data: Finite rows.
         found: What a first pass over them found.
         options: What shapes the run.
+        precise: Whether to take the form that is chosen by shapes anyhow.
 
     Raises:
         ValueError: If a stream gives other rows than in the first pass.
     """
-    covariance, means = options.covariance, parameters.means
-    moments = False
-    if moment_width(means.shape[1], covariance) <= min(4 * means.numel(), WIDEST):
-        scale = found.scale(mixture_mean(parameters))  # moments are taken about the mixture's mean
-        moments = bool(conditioning(scale, parameters, covariance) <= torch.finfo(found.dtype).eps ** -0.5)
+    means = parameters.means
+    few = moment_width(means.shape[1], options.covariance) <= min(4 * means.numel(), WIDEST)
+    moments = few and not precise and resolves(parameters, found, options)
     how: dict[str, Any] = {"moments": moments, "chunk_size": options.chunk_size, "checked": data.streamed}
-    sums = sum_over(data, parameters, covariance, assignment=HARD if options.cem else SOFT, **how)
+    sums = sum_over(data, parameters, options.covariance, assignment=HARD if options.cem else SOFT, **how)
     if data.streamed and (n_rows := int(sums.rows + sums.skipped)) != found.n_rows:
         raise ValueError(
             f"Expected `x` to give the same rows in each pass, but after one of {found.n_rows} rows a pass of "
             f"{n_rows} followed."
         )
     climbed = sums.classification if options.cem else sums.log_likelihood
-    return sums, float((climbed + options.priors.log_density(*parameters, covariance)) / sums.weight())
+    log_prior = options.priors.log_density(*parameters, options.covariance)
+    return Expected(sums, float((climbed + log_prior) / sums.weight()), moments)
+
+
+def resolves(parameters: Parameters, found: Survey, options: Options) -> bool:
+    r"""Return whether moments of the rows keep half of the digits of their dtype.
+
+    That is :math:`b\,\varepsilon \le \sqrt\varepsilon`, where b is `conditioning`: the squared range of the rows in
+    standard deviations of the narrowest component.
+    """
+    scale = found.scale(mixture_mean(parameters))  # moments are taken about the mixture's mean
+    return bool(conditioning(scale, parameters, options.covariance) <= torch.finfo(found.dtype).eps ** -0.5)
+
+
+def maximize_from(
+    expected: Expected, parameters: Parameters, data: Rows, found: Survey, options: Options
+) -> tuple[Statistics, Parameters]:
+    """Make an M-step; return the sums that it is made from as well.
+
+    A component may become so narrow in one step that its covariance is what moments round away. The E-step is then made
+    again in a precise form.
+    """
+    new = options.maximize(expected.sums, parameters)
+    lost = expected.moments and (
+        not resolves(new, found, options) or bool(options.singular(expected.sums, found.dtype))
+    )
+    if not lost:
+        return expected.sums, new
+    sums = expect(parameters, data, found, options, precise=True).sums
+    return sums, options.maximize(sums, parameters)
 
 
 def fit_from(start: Parameters, data: Rows, found: Survey, options: Options, report: Report) -> Fit:
@@ -203,18 +244,18 @@ def fit_from(start: Parameters, data: Rows, found: Survey, options: Options, rep
         options: What shapes the run.
         report: Is told after each E-step.
     """
-    parameters, (expected, objective) = start, expect(start, data, found, options)
-    history = [objective]
+    parameters, expected = start, expect(start, data, found, options)
+    history = [expected.objective]
     report(0, history, "")
     for n_iter in range(1, options.max_iter + 1):
-        statistics, parameters = expected, options.maximize(expected, parameters)
-        expected, objective = expect(parameters, data, found, options)
-        history.append(objective)
+        statistics, parameters = maximize_from(expected, parameters, data, found, options)
+        expected = expect(parameters, data, found, options)
+        history.append(expected.objective)
         converged = abs(history[-1] - history[-2]) < options.tol
         report(n_iter, history, "converged" if converged else "stopped" if n_iter == options.max_iter else "")
         if converged:
             break
-    return Fit(parameters, statistics, history, float(expected.mean_log_likelihood()), converged)
+    return Fit(parameters, statistics, history, float(expected.sums.mean_log_likelihood()), converged)
 
 
 @contextmanager

@@ -5,9 +5,9 @@ Notation: x is a row of d features, :math:`\mu_k` the mean of component k, P the
 the row's weight, and :math:`n_k = \sum_n r_{nk}`. Log-densities are in nats.
 
 The density comes in two forms with one result. Where features mix within each component, rows are whitened by every
-component's factor. Where a row's moments are hardly more numbers than the row (`Covariance.is_narrow`), the mixture is
-an exponential family whose products are formed in float64: faster than K · d differences for each row, and with digits
-enough for any range that float32 rows have.
+component's factor. Where float32 rows have hardly more moments than numbers (`Covariance.is_narrow`), the mixture is an
+exponential family whose products are formed in float64: faster than K · d differences for each row, and with digits
+enough for what float32 rows can tell apart.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tgmm_nn.statistics import Parameters, accumulator_dtype
 
 __all__ = [
     "Parameters",
+    "centred",
     "chunks",
     "distance",
     "joint_of_distances",
@@ -38,6 +39,7 @@ __all__ = [
     "natural_parameters",
     "rows_per_chunk",
     "squared_distances",
+    "takes_moments",
 ]
 
 LOG_2PI = math.log(2.0 * math.pi)
@@ -77,8 +79,9 @@ def log_joint(x: Tensor, parameters: Parameters, covariance: Covariance) -> Tens
         >>> log_joint(torch.zeros(1, 1), one, Spherical())
         tensor([[-0.9189]])
     """
-    origin = mixture_mean(parameters).to(x.dtype)
-    return _joint(x - origin, parameters, origin, covariance).mT
+    moments = takes_moments(x, covariance)
+    rows, origin = centred(x, parameters, accumulator_dtype(x.device) if moments else x.dtype)
+    return _joint(rows, parameters, origin, covariance, moments).to(x.dtype).mT
 
 
 def squared_distances(x: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
@@ -94,10 +97,11 @@ def log_density(x: Tensor, parameters: Parameters, covariance: Covariance) -> Te
     Differentiable, also twice. Oracle: ``torch.distributions.MixtureSameFamily``.
     """
     # inf - inf would give nan: a row at infinity, or whose square is there, is scored apart and has no gradient.
-    origin = mixture_mean(parameters).to(x.dtype)
-    near, squared = mask_rows(x - origin)
-    value = _log_sum(_joint(near, parameters, origin, covariance))
-    return torch.where(squared < math.inf, value, -squared)
+    moments = takes_moments(x, covariance)
+    rows, origin = centred(x, parameters, accumulator_dtype(x.device) if moments else x.dtype)
+    near, squared = mask_rows(rows, x.dtype)
+    value = _log_sum(_joint(near, parameters, origin, covariance, moments))
+    return torch.where(squared < math.inf, value, -squared).to(x.dtype)
 
 
 def log_density_and_entropy(x: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
@@ -149,9 +153,27 @@ def rows_per_chunk(width: int, element_size: int) -> int:
     return min(max(4_000_000 // (width * element_size), 256), 8192)
 
 
-def mask_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Replace centred rows that are not finite, or whose squared length overflows, by zero; return squared lengths."""
-    squared = rows.detach().square().sum(-1)
+def takes_moments(x: Tensor, covariance: Covariance) -> bool:
+    """Return whether products in the wider dtype of totals take the place of whitening, by shapes and dtypes."""
+    return covariance.is_narrow(x.shape[-1]) and x.dtype != accumulator_dtype(x.device)
+
+
+def centred(x: Tensor, parameters: Parameters, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return rows about the mixture's mean, and that point, in a dtype.
+
+    Far from zero a product of raw rows would cancel. The point is rounded to the dtype in which it is subtracted.
+    """
+    origin = mixture_mean(parameters).to(dtype)
+    return x.to(dtype) - origin, origin
+
+
+def mask_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Replace centred rows that are not finite, or whose squared length overflows a dtype, by zero.
+
+    Returns:
+        Rows, and their squared lengths, which are infinite or nan for those that were replaced.
+    """
+    squared = rows.detach().square().sum(-1).to(dtype)
     return torch.where((squared < math.inf)[:, None], rows, 0.0), squared
 
 
@@ -181,29 +203,22 @@ def natural_parameters(parameters: Parameters, origin: Tensor, covariance: Covar
     return constant, linear, -0.5 * covariance.dual(precision, n_features)
 
 
-def _joint(rows: Tensor, parameters: Parameters, origin: Tensor, covariance: Covariance) -> Tensor:
-    """Return the log of each weighted component density, shape ``(K, n)``, for rows about a reference point.
-
-    Far from zero a product of raw rows would cancel. The point is the mixture's mean, rounded to the rows' dtype, so
-    that their difference is exact, and the parameters are centred before they are rounded.
-    """
-    wide = accumulator_dtype(rows.device)
-    if not covariance.is_narrow(rows.shape[-1]) or wide != torch.float64:
+def _joint(rows: Tensor, parameters: Parameters, origin: Tensor, covariance: Covariance, moments: bool) -> Tensor:
+    """Return the log of each weighted component density, shape ``(K, n)``, for rows about a reference point."""
+    if not moments:  # parameters are centred before they are rounded
         about = parameters._replace(means=parameters.means - origin).to(rows.dtype)
         y = covariance.whiten(rows, about.means, about.factor)
         return joint_of_distances(y.square().sum(-1), about, covariance)
     constant, linear, quadratic = natural_parameters(parameters, origin, covariance)
-    columns = rows.to(wide).mT
-    joint = torch.addmm(constant[:, None], linear, columns)
+    joint = torch.addmm(constant[:, None], linear, rows.mT)
     if covariance.tied:  # the term that all components share needs no product with each
-        y = covariance.whiten(columns.mT, torch.zeros_like(linear[:1]), parameters.factor.to(wide))
-        joint = joint - 0.5 * y.square().sum(-1)
-    else:
-        joint = torch.addmm(joint, quadratic, covariance.features(columns))
-    return joint.to(rows.dtype)
+        y = covariance.whiten(rows, torch.zeros_like(linear[:1]), parameters.factor.to(rows.dtype))
+        return joint - 0.5 * y.square().sum(-1)
+    return torch.addmm(joint, quadratic, covariance.features(rows.mT))
 
 
 def _log_sum(joint: Tensor) -> Tensor:
     """Return ``joint.logsumexp(0)``, which takes many times as long where components are far apart, on a CPU."""
-    above = joint - joint.log_softmax(0)  # the same for all components that have any density
-    return torch.where(joint > -math.inf, above, -math.inf).amax(0)
+    largest, best = joint.max(0)  # of others the difference would carry the rounding of their own size
+    above = largest - joint.log_softmax(0).gather(0, best[None])[0]
+    return torch.where(largest > -math.inf, above, largest)

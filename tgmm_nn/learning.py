@@ -20,7 +20,7 @@ from tgmm_nn.maximization import EVERYTHING, Learned, maximize
 from tgmm_nn.racing import race, race_progress
 from tgmm_nn.statistics import Parameters, Statistics, statistics_of
 from tgmm_nn.steps import MixtureSteps
-from tgmm_nn.survey import Found, Survey, look
+from tgmm_nn.survey import Candidates, Found, Survey, look
 
 __all__ = ["MixtureEM"]
 
@@ -103,8 +103,8 @@ class MixtureEM(MixtureSteps):
         k-means++ take part. EM runs from all of them on a sample of at most max(20,000, 100 K) distinct rows, first on
         a quarter of it (with a ``log_prior`` on all rows). After every ten M-steps the half of poorer objective is
         dropped, and of starts that came to the same objective all but one; runs that converged wait. The one that is
-        left goes on with all rows; of this run tell ``history_``, ``n_iter_`` and ``converged_``. A race may drop the
-        start that would have ended highest.
+        left goes on with all rows; of this run, which may make another ``max_iter`` M-steps, tell ``history_``,
+        ``n_iter_`` and ``converged_``. A race may drop the start that would have ended highest.
 
         In a ``torch.distributed`` world the rows of all ranks are one data set, and each rank ends with the mixture
         that one process would find: ranks exchange what the first pass found, the start is rank zero's, and the sums
@@ -183,17 +183,24 @@ class MixtureEM(MixtureSteps):
         methods = ["kmeans", "kpp"] if self._start.means == "kmeans" else [self._start.means]
         # The first half drops out on few rows; a log-prior belongs to the rows one by one.
         few = found.candidates.smallest(n_candidates(self.n_components) // 4).sorted()
-        fields = [few, found.candidates] if data.log_prior is None else [data]
+        fields = [data]
+        if data.log_prior is None:
+            samples = [found.candidates] if len(few.rows) == len(found.candidates.rows) else [few, found.candidates]
+            fields = [self._as_all(sample, found) for sample in samples]
         seen = found._replace(candidates=few)
         starts = [start for method in methods for start, _ in self._starts(seen, self.n_init, 1, method)]
         left, speaks = dict(enumerate(starts, start=1)), is_rank_zero() or not found.shared
         with full_precision(self.means_.device), race_progress(speaks and self.verbose, len(starts)) as report:
             for field in fields:
-                rows = field if isinstance(field, Rows) else Rows(*field, self.n_features, self.means_)
                 size = 1 if field is fields[-1] else (len(left) + 1) // 2
-                left = {run.number: run.parameters for run in race(left, rows, found, options, report, left=size)}
+                left = {run.number: run.parameters for run in race(left, field, found, options, report, left=size)}
         [best] = left.values()
         return Parameters(*_of_rank_zero(best, found))
+
+    def _as_all(self, sample: Candidates, found: Survey) -> Rows:
+        """Return a sample as rows that weigh as much as all, since priors weigh against them."""
+        weights = sample.weights * (found.weight / sample.weights.sum())
+        return Rows(sample.rows, weights, self.n_features, self.means_)
 
     def _doubts(self, fit: Fit, options: Options, dtype: torch.dtype) -> Iterator[str]:
         """Say what a user should know of a fit of rows of a dtype: where it ended, and what was left out or rounded."""

@@ -16,12 +16,12 @@ CHOICES = ("auto", "mkl", "onednn")
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """Return ``a @ b`` of two matrices."""
-    return torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "") if _by_onednn(a) else a @ b
+    return torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "") if _by_onednn(a, b) else a @ b
 
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Add ``a @ b`` to ``total`` in place, and return it."""
-    return total.add_(product(a, b)) if _by_onednn(a) else total.addmm_(a, b)
+    return total.add_(product(a, b)) if _by_onednn(a, b) else total.addmm_(a, b)
 
 
 @cache
@@ -48,8 +48,7 @@ def _is_amd() -> bool:
     return info.exists() and "AuthenticAMD" in info.read_text(errors="ignore")
 
 
-def _by_onednn(a: Tensor) -> bool:
-    """Return whether a product with ``a`` goes to oneDNN, whose kernel is not one that can be traced."""
-    return (
-        a.dtype == torch.float32 and a.device.type == "cpu" and not torch.compiler.is_compiling() and prefers_onednn()
-    )
+def _by_onednn(a: Tensor, b: Tensor) -> bool:
+    """Return whether a product goes to oneDNN, whose kernel can't be traced and knows no empty matrices."""
+    here = a.dtype == torch.float32 and a.device.type == "cpu" and a.numel() > 0 and b.numel() > 0
+    return here and not torch.compiler.is_compiling() and prefers_onednn()

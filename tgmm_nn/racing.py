@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 from tgmm_nn.data import Rows
-from tgmm_nn.fitting import Options, expect
-from tgmm_nn.statistics import Parameters, Statistics
+from tgmm_nn.fitting import Expected, Options, expect, maximize_from
+from tgmm_nn.statistics import Parameters
 from tgmm_nn.survey import Survey
 
 __all__ = ["Run", "advance", "begin", "best_of", "race", "race_progress"]
@@ -24,13 +24,13 @@ class Run(NamedTuple):
     Attributes:
         number: Which start it came from.
         parameters: Parameters of that E-step, in the dtype of the sums.
-        expected: Sums of that E-step.
+        expected: That E-step.
         history: Objectives so far, one for each E-step, in nats per unit of row weight.
     """
 
     number: int
     parameters: Parameters
-    expected: Statistics
+    expected: Expected
     history: list[float]
 
     @property
@@ -87,24 +87,29 @@ def race(
 
 def begin(number: int, start: Parameters, data: Rows, found: Survey, options: Options) -> Run:
     """Return a run after its first E-step."""
-    expected, objective = expect(start, data, found, options)
-    return Run(number, start, expected, [objective])
+    expected = expect(start, data, found, options)
+    return Run(number, start, expected, [expected.objective])
 
 
 def advance(run: Run, data: Rows, found: Survey, options: Options) -> Run:
     """Make one EM iteration of a run."""
-    parameters = options.maximize(run.expected, run.parameters)
-    expected, objective = expect(parameters, data, found, options)
-    return Run(run.number, parameters, expected, [*run.history, objective])
+    _, parameters = maximize_from(run.expected, run.parameters, data, found, options)
+    expected = expect(parameters, data, found, options)
+    return Run(run.number, parameters, expected, [*run.history, expected.objective])
 
 
 def best_of(runs: Sequence[Run], size: int, same: float) -> list[Run]:
-    """Return the ``size`` runs of the best objectives, best first; of runs whose objectives are the ``same``, one."""
-    kept = list[Run]()
-    for run in sorted(runs, key=lambda run: -run.objective):  # stable: of equals the first start
-        if not kept or kept[-1].objective - run.objective > same:
-            kept.append(run)
-    return kept[:size]
+    """Return the ``size`` runs of the best objectives, best first; of runs of the ``same`` objective, the first.
+
+    Which of them is best would be a matter of rounding.
+    """
+    groups = list[list[Run]]()
+    for run in sorted(runs, key=lambda run: -run.objective):
+        if groups and groups[-1][0].objective - run.objective <= same:
+            groups[-1].append(run)
+        else:
+            groups.append([run])
+    return [min(group, key=lambda run: run.number) for group in groups[:size]]
 
 
 @contextmanager
@@ -125,6 +130,6 @@ def race_progress(verbose: bool | str, n_starts: int) -> Iterator[RaceReport]:
     def line(runs: list[Run]) -> None:
         if verbose:
             best = f"the best is {runs[0].number} with objective {runs[0].objective:.6f} nats per row"
-            print(f"{name}: {len(runs)} left, {best} of the sample", flush=True)
+            print(f"{name}: {len(runs)} left, {best}", flush=True)
 
     yield line

@@ -75,6 +75,7 @@ class Survey(NamedTuple):
         variance: Variance of each feature, shape ``(d,)``.
         dtype: Dtype of the rows as they are computed with.
         candidates: Rows from which EM may start.
+        weight: Total weight of the rows.
         shared: Whether they are the rows of all ranks.
     """
 
@@ -83,11 +84,17 @@ class Survey(NamedTuple):
     variance: Tensor
     dtype: torch.dtype
     candidates: Candidates
+    weight: Tensor
     shared: bool = False
 
     def scale(self, origin: Tensor) -> Tensor:
-        """Return the root mean square of each feature about a reference point, shape ``(d,)``."""
-        return (self.variance + (self.mean - origin).square()).sqrt()
+        """Return the root mean square of each feature about a reference point, shape ``(d,)``.
+
+        Not below the rounding of the rows' dtype: also a constant feature is known no better.
+        """
+        scale = (self.variance + (self.mean - origin).square()).sqrt()
+        largest = torch.maximum(origin.abs(), scale.amax())
+        return torch.maximum(scale, torch.finfo(self.dtype).eps * largest)
 
 
 class Found(NamedTuple):
@@ -139,7 +146,7 @@ class Found(NamedTuple):
         mean = sums.origin[0].to(weight.dtype) + sums.first[0] / weight
         variance = (scatter(sums, Diagonal())[0] / weight).clamp(min=0.0)
         found = self._smallest(size).sorted()
-        return Survey(self.n_rows, mean, variance, found.rows.dtype, found, data.shared)
+        return Survey(self.n_rows, mean, variance, found.rows.dtype, found, weight, data.shared)
 
 
 def survey(data: Rows, size: int, minimum: int) -> Survey:
