@@ -135,10 +135,10 @@ def sum_over(
     def of_this_rank() -> Statistics:
         with data.watched_batches() if checked else data.batches() as batches:
             sums = (expect(*batch) for batch in batches)
-            total = next(sums, expect(data.none()) if data.shared else None)
-            if total is None:
+            total = next(sums, None)
+            if total is None and not data.shared:
                 raise ValueError("Expected `x` to give at least one batch of rows, but it gave none.")
-            return reduce(Statistics.merge, sums, total)
+            return expect(data.none()) if total is None else reduce(Statistics.merge, sums, total)
 
     if not data.shared:
         return of_this_rank()

@@ -25,7 +25,6 @@ from tgmm_nn.statistics import Parameters, accumulator_dtype
 
 __all__ = [
     "Parameters",
-    "centred",
     "chunks",
     "distance",
     "joint_of_distances",
@@ -39,7 +38,6 @@ __all__ = [
     "natural_parameters",
     "rows_per_chunk",
     "squared_distances",
-    "takes_moments",
 ]
 
 LOG_2PI = math.log(2.0 * math.pi)
@@ -79,8 +77,8 @@ def log_joint(x: Tensor, parameters: Parameters, covariance: Covariance) -> Tens
         >>> log_joint(torch.zeros(1, 1), one, Spherical())
         tensor([[-0.9189]])
     """
-    moments = takes_moments(x, covariance)
-    rows, origin = centred(x, parameters, accumulator_dtype(x.device) if moments else x.dtype)
+    moments = _takes_moments(x, covariance)
+    rows, origin = _centred(x, parameters, accumulator_dtype(x.device) if moments else x.dtype)
     return _joint(rows, parameters, origin, covariance, moments).to(x.dtype).mT
 
 
@@ -97,8 +95,8 @@ def log_density(x: Tensor, parameters: Parameters, covariance: Covariance) -> Te
     Differentiable, also twice. Oracle: ``torch.distributions.MixtureSameFamily``.
     """
     # inf - inf would give nan: a row at infinity, or whose square is there, is scored apart and has no gradient.
-    moments = takes_moments(x, covariance)
-    rows, origin = centred(x, parameters, accumulator_dtype(x.device) if moments else x.dtype)
+    moments = _takes_moments(x, covariance)
+    rows, origin = _centred(x, parameters, accumulator_dtype(x.device) if moments else x.dtype)
     near, squared = mask_rows(rows, x.dtype)
     value = _log_sum(_joint(near, parameters, origin, covariance, moments))
     return torch.where(squared < math.inf, value, -squared).to(x.dtype)
@@ -153,12 +151,12 @@ def rows_per_chunk(width: int, element_size: int) -> int:
     return min(max(4_000_000 // (width * element_size), 256), 8192)
 
 
-def takes_moments(x: Tensor, covariance: Covariance) -> bool:
+def _takes_moments(x: Tensor, covariance: Covariance) -> bool:
     """Return whether products in the wider dtype of totals take the place of whitening, by shapes and dtypes."""
     return covariance.is_narrow(x.shape[-1]) and x.dtype != accumulator_dtype(x.device)
 
 
-def centred(x: Tensor, parameters: Parameters, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _centred(x: Tensor, parameters: Parameters, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return rows about the mixture's mean, and that point, in a dtype.
 
     Far from zero a product of raw rows would cancel. The point is rounded to the dtype in which it is subtracted.
