@@ -13,6 +13,7 @@ ORDER = (
     "checks",
     "distributed",
     "statistics",
+    "structure",
     "triangular",
     "covariance",
     "schedules",

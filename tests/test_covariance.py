@@ -4,7 +4,8 @@ import pytest
 import torch
 from oracles import assert_near, dense, random_covariances, restrict
 
-from tgmm_nn.covariance import COVARIANCES, LIFT
+from tgmm_nn.covariance import COVARIANCES
+from tgmm_nn.structure import LIFT
 
 K, D = 3, 4
 
