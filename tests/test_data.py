@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 from tgmm_nn import GaussianMixture, data, learning
 from tgmm_nn.data import BATCH, Rows
-from tgmm_nn.survey import Candidates, survey
+from tgmm_nn.survey import Candidates, look
 
 PARAMETERS = ("weights_", "means_", "covariances_")
 
@@ -344,7 +344,7 @@ def looked_at(x, size, batch_size=None, weights=None):
         rows = Rows(
             DataLoader(TensorDataset(x), batch_size, shuffle=True), None, x.shape[1], torch.zeros(1, dtype=x.dtype)
         )
-    return survey(rows, size, 1)
+    return look(rows, size).survey(rows, size, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tgmm_nn import GaussianMixture, MixtureClassifier
 from tgmm_nn.data import Rows
 from tgmm_nn.distributed import is_rank_zero, on_all_ranks, rows_of_each_rank
-from tgmm_nn.survey import look, survey
+from tgmm_nn.survey import look
 
 pytestmark = FORK_IS_WANTED
 
@@ -146,7 +146,8 @@ def test_candidates_over_ranks_are_exactly_those_of_one_process(cut, tmp_path):
         found = look(data, 50).over_ranks(data, 50).survey(data, 50, 1)
         return found.n_rows, found.mean, found.variance, *found.candidates
 
-    one = survey(Rows(x, None, 3, like), 50, 1)
+    rows = Rows(x, None, 3, like)
+    one = look(rows, 50).survey(rows, 50, 1)
     for n_rows, mean, variance, rows, weights in on_two_ranks(merged, tmp_path):
         assert n_rows == 1000
         assert torch.equal(rows, one.candidates.rows)

@@ -16,7 +16,7 @@ from tgmm_nn.distributed import rows_of_each_rank
 from tgmm_nn.maximization import scatter
 from tgmm_nn.statistics import Statistics, accumulator_dtype, hard_statistics
 
-__all__ = ["Candidates", "Found", "Survey", "look", "survey"]
+__all__ = ["Candidates", "Found", "Survey", "look"]
 
 # Numbers that are hashed at once: larger arrays of them leave the cache.
 HASHED = 2**16
@@ -134,7 +134,16 @@ class Found(NamedTuple):
         return Candidates.union(self.candidates).smallest(size)
 
     def survey(self, data: Rows, size: int, minimum: int) -> Survey:
-        """Return a summary, or raise if there are too few rows; see `survey`."""
+        """Return a summary, or raise if there are too few rows.
+
+        Args:
+            data: The rows that were looked at.
+            size: Largest number of candidates to keep.
+            minimum: Smallest number of rows of positive weight, ``n_components``.
+
+        Raises:
+            ValueError: If there are fewer.
+        """
         if self.n_weighty < minimum:
             of_weight = "" if data.sample_weight is None else " of positive weight"
             where = " over all ranks" if data.shared else ""
@@ -149,22 +158,16 @@ class Found(NamedTuple):
         return Survey(self.n_rows, mean, variance, found.rows.dtype, found, weight, data.shared)
 
 
-def survey(data: Rows, size: int, minimum: int) -> Survey:
-    """Look at all rows once, and raise if they can't be fitted.
+def look(data: Rows, size: int) -> Found:
+    """Look at this rank's rows once.
 
     Args:
         data: Rows of shape ``(n, d)``.
         size: Largest number of candidates to keep.
-        minimum: Smallest number of rows of positive weight, ``n_components``.
 
     Raises:
-        ValueError: If there are too few rows, or if rows or weights are not finite, too large or negative.
+        ValueError: If rows or weights are not finite, too large or negative.
     """
-    return look(data, size).survey(data, size, minimum)
-
-
-def look(data: Rows, size: int) -> Found:
-    """Look at this rank's rows once, and raise if they can't be fitted; see `survey`."""
     n_rows, n_weighty, sums, pending = 0, 0, list[Statistics](), list[Candidates]()
     with data.batches() as batches:
         for batch, of_batch, _ in batches:
