@@ -22,7 +22,20 @@ from tgmm_nn.priors import Priors
 from tgmm_nn.statistics import Parameters, Statistics
 from tgmm_nn.survey import Survey
 
-__all__ = ["Expected", "Fit", "Options", "Report", "expect", "fit_from", "maximize_from", "progress", "sum_over"]
+__all__ = [
+    "Expected",
+    "Fit",
+    "Options",
+    "Report",
+    "Run",
+    "advance",
+    "begin",
+    "expect",
+    "fit_from",
+    "maximize_from",
+    "progress",
+    "sum_over",
+]
 
 # Numbers formed from a row beyond which whitening, by blocks of triangles, is faster than forming them.
 WIDEST = 4500
@@ -73,8 +86,8 @@ class Fit(NamedTuple):
 
     @property
     def objective(self) -> float:
-        """What EM climbed, at the final parameters; −inf where it is not a number, so that restarts can be compared."""
-        return -math.inf if math.isnan(self.history[-1]) else self.history[-1]
+        """What EM climbed, at the final parameters; −inf where it is not a number."""
+        return comparable(self.history[-1])
 
     @property
     def last_change(self) -> float:
@@ -91,6 +104,11 @@ class Fit(NamedTuple):
             "converged": int(self.converged),
             "fitted": 1,
         }
+
+
+def comparable(objective: float) -> float:
+    """Return an objective, or −inf where it is not a number, so that runs can be compared."""
+    return -math.inf if math.isnan(objective) else objective
 
 
 class Report(Protocol):
@@ -226,6 +244,50 @@ def maximize_from(
     return sums, options.maximize(sums, parameters)
 
 
+class Run(NamedTuple):
+    """EM from one start, at the end of an E-step.
+
+    Attributes:
+        parameters: Parameters of that E-step, in the dtype of the sums.
+        statistics: Sums from which the last M-step made them; before the first, those of the E-step.
+        expected: That E-step.
+        history: Objectives so far, one for each E-step, in nats per unit of row weight.
+        number: Which of several starts it came from.
+    """
+
+    parameters: Parameters
+    statistics: Statistics
+    expected: Expected
+    history: list[float]
+    number: int = 1
+
+    @property
+    def objective(self) -> float:
+        """What EM climbed so far; −inf where it is not a number."""
+        return comparable(self.history[-1])
+
+    def has_converged(self, options: Options) -> bool:
+        """Return whether the last M-step changed the objective by less than ``tol``."""
+        return len(self.history) > 1 and abs(self.history[-1] - self.history[-2]) < options.tol
+
+    def is_over(self, options: Options) -> bool:
+        """Return whether it has converged, or made as many M-steps as it may."""
+        return self.has_converged(options) or len(self.history) > options.max_iter
+
+
+def begin(start: Parameters, data: Rows, found: Survey, options: Options, number: int = 1) -> Run:
+    """Return a run after its first E-step."""
+    expected = expect(start, data, found, options)
+    return Run(start, expected.sums, expected, [expected.objective], number)
+
+
+def advance(run: Run, data: Rows, found: Survey, options: Options) -> Run:
+    """Make one EM iteration of a run."""
+    statistics, parameters = maximize_from(run.expected, run.parameters, data, found, options)
+    expected = expect(parameters, data, found, options)
+    return Run(parameters, statistics, expected, [*run.history, expected.objective], run.number)
+
+
 def fit_from(start: Parameters, data: Rows, found: Survey, options: Options, report: Report) -> Fit:
     r"""Run EM until its objective changes by less than ``tol``.
 
@@ -244,18 +306,16 @@ def fit_from(start: Parameters, data: Rows, found: Survey, options: Options, rep
         options: What shapes the run.
         report: Is told after each E-step.
     """
-    parameters, expected = start, expect(start, data, found, options)
-    history = [expected.objective]
-    report(0, history, "")
+    run, converged = begin(start, data, found, options), False
+    report(0, run.history, "")
     for n_iter in range(1, options.max_iter + 1):
-        statistics, parameters = maximize_from(expected, parameters, data, found, options)
-        expected = expect(parameters, data, found, options)
-        history.append(expected.objective)
-        converged = abs(history[-1] - history[-2]) < options.tol
-        report(n_iter, history, "converged" if converged else "stopped" if n_iter == options.max_iter else "")
+        run = advance(run, data, found, options)
+        converged = run.has_converged(options)
+        report(n_iter, run.history, "converged" if converged else "stopped" if n_iter == options.max_iter else "")
         if converged:
             break
-    return Fit(parameters, statistics, history, float(expected.sums.mean_log_likelihood()), converged)
+    lower_bound = float(run.expected.sums.mean_log_likelihood())
+    return Fit(run.parameters, run.statistics, run.history, lower_bound, converged)
 
 
 @contextmanager

@@ -2,46 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from tgmm_nn.data import Rows
-from tgmm_nn.fitting import Expected, Options, expect, maximize_from
+from tgmm_nn.fitting import Options, Run, advance, begin
 from tgmm_nn.statistics import Parameters
 from tgmm_nn.survey import Survey
 
-__all__ = ["Run", "advance", "begin", "best_of", "race", "race_progress"]
+__all__ = ["best_of", "race", "race_progress"]
 
 # M-steps between two decisions: the order of runs after fewer says little of that at their ends.
 ROUND = 10
-
-
-class Run(NamedTuple):
-    """EM from one of several starts, at the end of an E-step.
-
-    Attributes:
-        number: Which start it came from.
-        parameters: Parameters of that E-step, in the dtype of the sums.
-        expected: That E-step.
-        history: Objectives so far, one for each E-step, in nats per unit of row weight.
-    """
-
-    number: int
-    parameters: Parameters
-    expected: Expected
-    history: list[float]
-
-    @property
-    def objective(self) -> float:
-        """The last objective; −inf where it is not a number, so that runs can be compared."""
-        return -math.inf if math.isnan(self.history[-1]) else self.history[-1]
-
-    def is_over(self, options: Options) -> bool:
-        """Return whether the last M-step changed the objective by less than ``tol``, or was the last one allowed."""
-        converged = len(self.history) > 1 and abs(self.history[-1] - self.history[-2]) < options.tol
-        return converged or len(self.history) > options.max_iter
 
 
 class RaceReport(Protocol):
@@ -73,7 +46,7 @@ def race(
         Jamieson and Talwalkar, Non-stochastic best arm identification and hyperparameter optimization, 2016.
     """
     same = options.tol / 100
-    runs = [begin(number, start, data, found, options) for number, start in starts.items()]
+    runs = [begin(start, data, found, options, number) for number, start in starts.items()]
     runs = best_of(runs, len(runs), same)  # k-means often finds the same partition again
     report(runs)
     while len(runs) > left:
@@ -83,19 +56,6 @@ def race(
         runs = best_of(runs, left if over else max(left, (len(runs) + 1) // 2), same)
         report(runs)
     return runs
-
-
-def begin(number: int, start: Parameters, data: Rows, found: Survey, options: Options) -> Run:
-    """Return a run after its first E-step."""
-    expected = expect(start, data, found, options)
-    return Run(number, start, expected, [expected.objective])
-
-
-def advance(run: Run, data: Rows, found: Survey, options: Options) -> Run:
-    """Make one EM iteration of a run."""
-    _, parameters = maximize_from(run.expected, run.parameters, data, found, options)
-    expected = expect(parameters, data, found, options)
-    return Run(run.number, parameters, expected, [*run.history, expected.objective])
 
 
 def best_of(runs: Sequence[Run], size: int, same: float) -> list[Run]:
