@@ -39,6 +39,7 @@ ORDER = (
     "learning",
     "trainable",
     "mixture",
+    "class_starts",
     "classifier",
     "outliers",
     "plotting",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any, Literal
 
 import torch
@@ -11,15 +10,14 @@ from torch import Tensor, nn
 
 from tgmm_nn import checks
 from tgmm_nn.assignment import Assignment
-from tgmm_nn.distributed import is_rank_zero, on_all_ranks, sum_over_ranks
+from tgmm_nn.class_starts import UNLABELLED, class_starts, total_over
+from tgmm_nn.distributed import on_all_ranks
 from tgmm_nn.maximization import Learned
 from tgmm_nn.mixture import GaussianMixture
 from tgmm_nn.state import CovarianceType
 from tgmm_nn.statistics import Statistics
 
 __all__ = ["UNLABELLED", "MixtureClassifier"]
-
-UNLABELLED = -1
 
 
 class MixtureClassifier(nn.Module):
@@ -324,7 +322,7 @@ class MixtureClassifier(nn.Module):
         warm = self.mixture.warm_start and self.mixture.fitted_
         trial = copy.deepcopy(self.mixture) if warm else self._started(rows, labels, weight, sync)
         log_prior = self.log_prior(labels)
-        allowed = _total((log_prior > -torch.inf).any(0).to(torch.int64), sync) > 0
+        allowed = total_over((log_prior > -torch.inf).any(0).to(torch.int64), sync) > 0
         free = self._by_class(allowed).any(-1)  # classes that a row may belong to
         trial.warm_start = True
         learned = Learned(*(free.repeat_interleave(self.components_per_class),) * 3)
@@ -386,67 +384,6 @@ class MixtureClassifier(nn.Module):
         return rows[used], labels[used], None if sample_weight is None else weight[used]
 
     def _started(self, rows: Tensor, labels: Tensor, weight: Tensor | None, sync: bool) -> GaussianMixture:
-        """Return a mixture that starts in each class from its own rows, and warn of classes without any."""
-        counts = torch.bincount(labels - UNLABELLED, minlength=self.n_classes + 1)
-        unlabelled, *numbers = _total(counts, sync).tolist()
-        for c, number in enumerate(numbers):
-            if 0 < number < self.components_per_class:
-                raise ValueError(
-                    f"Expected `y` with at least components_per_class={self.components_per_class} rows of class {c}, "
-                    f"but got {number}."
-                )
-        if not any(numbers):
-            raise ValueError(f"Expected `y` with labelled rows to start from, but got none among {unlabelled}.")
-        absent, rest = [c for c, number in enumerate(numbers) if not number], unlabelled > 0
-        if len(absent) > 1 and rest and not self.mixture.fitted_:
-            raise ValueError(
-                f"Expected `y` with labelled rows of all classes but one at least, but got none of {absent}: they "
-                "would start alike, and share the unlabelled rows for ever."
-            )
-        parts = []
-        for c, number in enumerate(numbers):
-            own = labels == c
-            parts.append(self._class_start(c, rows[own], None if weight is None else weight[own], number, sync))
-        count, first, second, origin = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        if self.mixture.covariance.tied:
-            second = second.sum(0, keepdim=True)
-        sums = Statistics.of(count, first, second, origin, self.mixture.covariance)
-        if absent and (is_rank_zero() or not sync):
-            then = "they start from their parameters as they are" if rest else "they keep their parameters"
-            warnings.warn(f"No row of `y` belongs to the classes {absent}: {then}.", stacklevel=3)
+        """Return a mixture that starts in each class from its own rows."""
+        sums = class_starts(self.mixture, self.n_classes, rows, labels, weight, sync)
         return copy.deepcopy(self.mixture).initialize_from(sums, self.learned(sums))
-
-    def _class_start(
-        self, c: int, rows: Tensor, weight: Tensor | None, number: int, sync: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return count, first and second moment and reference points of a class, at its start; zero without rows.
-
-        Args:
-            c: The class.
-            rows: Its rows on this rank.
-            weight: Their weights.
-            number: How many rows it has in all.
-            sync: Whether these are the rows of all ranks.
-        """
-        mixture, m = self.mixture, self.components_per_class
-        own = slice(c * m, (c + 1) * m)
-        options = {**mixture.options(), "n_components": m, "verbose": False}
-        options |= dict.fromkeys((name for name in options if name.endswith("_prior")), None)
-        total = rows.new_tensor(len(rows) if weight is None else float(weight.sum()), dtype=mixture.running_count.dtype)
-        total = _total(total, sync)
-        if isinstance(options["init_means"], Tensor):
-            options["init_means"] = options["init_means"][own]
-        if isinstance(options["init_covariances"], Tensor) and not mixture.covariance.tied:
-            options["init_covariances"] = options["init_covariances"][own]
-        if isinstance(options["init_weights"], Tensor):
-            options["init_weights"] = options["init_weights"][own] / options["init_weights"][own].sum()
-        start = GaussianMixture(**options, device=mixture.means_.device, dtype=mixture.means_.dtype)
-        if number:
-            start.initialize(rows, sample_weight=weight, sync=sync)
-        sums = start.running_statistics().scale(total)
-        return sums.count, sums.first, sums.second, sums.origin.expand_as(sums.first)
-
-
-def _total(numbers: Tensor, sync: bool) -> Tensor:
-    """Return the sum over ranks, where these are to be taken together."""
-    return sum_over_ranks(numbers) if sync else numbers
