@@ -7,9 +7,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from dispatch import Largest
 from oracles import assert_near, assert_same_buffers, copy_of_buffers, random_layer, unchanged
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
 from tgmm_nn import GaussianMixture, data, learning
@@ -420,22 +419,6 @@ def test_many_small_batches_take_no_longer_than_few_large_ones(generator, monkey
 
 
 # ------------------------------------------------------------------------------------------------------ memory
-
-
-class Largest(TorchDispatchMode):
-    """Notes the number of elements of the largest tensor that an operation allocates."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given:
-                self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size())
-        return out
 
 
 @pytest.mark.parametrize("method", ["score_samples", "predict", "predict_proba", "em_step", "statistics"])

@@ -2,15 +2,13 @@
 
 import threading
 import warnings
-from collections import Counter
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from dispatch import HostReads, Largest
 from oracles import assert_near, random_layer
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
 from tgmm_nn import GaussianMixture, data, fitting, learning
@@ -152,22 +150,6 @@ def test_a_stream_that_encodes_on_the_fly_builds_no_graph(x):
 # -------------------------------------------------------------------------------- nothing is read while a pass goes on
 
 
-class HostReads(TorchDispatchMode):
-    """Count the operations that give a tensor's value to the host, which on a GPU wait for all work before them."""
-
-    READS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "allclose", "_unique2")
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func).split(".")[1]
-        by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
-        self.counts[name] += by_mask or name in self.READS
-        return func(*args, **(kwargs or {}))
-
-
 def reads_of_passes(monkeypatch, gmm, x, **options):
     """Return how often each pass but the first reads a value of a tensor."""
     found = []
@@ -243,23 +225,6 @@ def test_a_bad_weight_of_a_later_pass_raises_at_its_end(x):
 
 
 # ------------------------------------------------------------------------------------------------ arrays in files
-
-
-class Largest(TorchDispatchMode):
-    """Notes the size in bytes of the largest storage that an operation makes."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and t.device.type != "meta":
-                storage = t.untyped_storage()
-                self.bytes = max(self.bytes, 0 if storage.data_ptr() in given else storage.nbytes())
-        return out
 
 
 KINDS = ["<f4", "<f2", "<f8", "<i2", "<i8", "<u1", ">f4", ">f8", ">i4"]
