@@ -168,10 +168,11 @@ def test_all_forms_of_the_e_step_are_the_sums_written_out(family, form, extras, 
 
 def test_the_form_is_chosen_by_shapes_and_by_what_the_caller_says_of_conditioning(family, generator):
     """Whitened sums are about each component's own mean, moments about one point; float64 rows have no wider dtype."""
-    for n_features, whitened in ((32, False), (33, family == "full")):
+    for n_features, n_rows, whitened in ((32, 2000, False), (32, 10, True), (33, 2000, True)):
         mixture = random_mixture(family, generator, n_features=n_features)
-        x = rows_of(mixture, 10, generator)
-        assert expectation(x.float(), mixture.parameters, mixture.covariance).origin.ndim == 1 + whitened
+        x = rows_of(mixture, n_rows, generator)
+        whitens = whitened and family == "full"
+        assert expectation(x.float(), mixture.parameters, mixture.covariance).origin.ndim == 1 + whitens
         assert expectation(x, mixture.parameters, mixture.covariance).origin.ndim == 2
         assert expectation(x, mixture.parameters, mixture.covariance, moments=True).origin.ndim == 1
 

@@ -82,15 +82,16 @@ def responsibilities(
     """
     if log_prior is not None:
         joint = torch.add(joint, log_prior.mT, alpha=LOG2_E)
+        joint = torch.where(joint.isnan().any(0), -math.inf, joint)  # also 0 · nan is nan
     r, largest, total = _softmax(joint)
     log_p = largest + total.log2()
-    usable, scores = (log_p.abs() < math.inf) & usable, joint
+    usable, scores = _is_bounded(largest) & usable, joint
     if assignment.is_tilted:
         scores = joint / assignment.temperature
         if assignment.offset is not None:
             scores = torch.add(scores, assignment.offset[:, None], alpha=LOG2_E)
-        r, _, total = _softmax(scores)
-        usable = usable & (total > 0)
+        r, highest, total = _softmax(scores)
+        usable = usable & _is_bounded(highest)
     weight = usable.to(joint.dtype)
     if sample_weight is not None:
         sample_weight = sample_weight.to(joint.dtype)
@@ -99,18 +100,25 @@ def responsibilities(
     if assignment.hard:
         r = torch.zeros_like(r).scatter_(0, scores.argmax(0)[None], weight[None])
     else:
-        r.mul_(torch.where(usable, weight / total, 0.0))
-    if log_prior is not None:  # which may be nan
-        r = torch.where(usable, r, 0.0)
-    both = torch.where(usable, torch.stack([log_p, largest]), 0.0) @ (weight / LOG2_E)
-    return Shares(r, weight, both[0], both[1], usable)
+        r.mul_(weight / total)
+    in_nats = weight / LOG2_E
+    return Shares(r, weight, log_p @ in_nats, largest @ in_nats, usable)
 
 
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return powers of two relative to the largest of each row, that largest score, and the sum of the powers."""
-    largest = scores.amax(0).clamp(min=torch.finfo(scores.dtype).min)  # -inf - -inf would be nan
+    """Return powers of two relative to the largest of each row, that largest score, and the sum of the powers.
+
+    All are finite where no score is: the largest is then the dtype's least number, and the sum, of at least the largest
+    power, is 1.
+    """
+    largest = scores.amax(0).clamp_(min=torch.finfo(scores.dtype).min)
     r = (scores - largest).exp2_()
-    return r, largest, r.sum(0)
+    return r, largest, r.sum(0).clamp_(min=1.0)
+
+
+def _is_bounded(largest: Tensor) -> Tensor:
+    """Return which rows have a score between the dtype's least and largest number."""
+    return largest.abs() < torch.finfo(largest.dtype).max
 
 
 def revivable(parameters: Parameters) -> Parameters:

@@ -22,8 +22,10 @@ __all__ = ["MixtureDensity", "full_precision"]
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Turn autocast off; a meta tensor has none."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    """Turn autocast off where it is on; a meta tensor has none."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 class MixtureDensity(nn.Module):

@@ -42,6 +42,9 @@ Sums = tuple[Tensor, ...]
 # Features up to which products in float64 are no slower than whitening in float32, which then moves more than it adds.
 FEW = 32
 
+# Numbers n · K · d of a batch up to which whitening it in float32 takes fewer and shorter steps than its moments.
+SMALL = 2**16
+
 
 def expectation(
     x: Tensor,
@@ -60,8 +63,8 @@ def expectation(
 
     - ``moments``: `moment_statistics` in the dtype of the rows;
     - else, for float32 rows whose moments are hardly more numbers than the row (`Covariance.is_narrow`: all families
-      but the untied full one), or which have few features: `moment_statistics` in float64, whose digits are enough for
-      what float32 rows can tell apart;
+      but the untied full one), or which have few features and are no small batch: `moment_statistics` in float64, whose
+      digits are enough for what float32 rows can tell apart;
     - else, for float64 rows, and on devices without float64: `whitened_statistics`.
 
     Args:
@@ -80,7 +83,8 @@ def expectation(
     if assignment.offset is not None:
         parameters = revivable(parameters)
     wide = accumulator_dtype(x.device)
-    narrow = covariance.is_narrow(x.shape[-1]) or x.shape[-1] <= FEW
+    few = x.shape[1] <= FEW and x.shape[0] * parameters.means.numel() > SMALL
+    narrow = covariance.is_narrow(x.shape[1]) or few
     of_rows = (sample_weight, log_prior, assignment)
     if moments or (narrow and x.dtype != wide):
         dtype = x.dtype if moments else wide
@@ -188,21 +192,19 @@ def moment_statistics(
     """
     wide, dtype, n_features = accumulator_dtype(x.device), dtype or x.dtype, x.shape[-1]
     origin = mixture_mean(parameters).to(dtype)
-    constant, linear, quadratic = (
-        LOG2_E * theta.to(dtype) for theta in natural_parameters(parameters, origin, covariance)
-    )
+    constant, linear, quadratic = (theta.to(dtype) for theta in natural_parameters(parameters, origin, covariance))
 
     def sums(rows: Tensor, weight: Tensor | None, prior: Tensor | None) -> Sums:
         rows, squared = mask_rows(rows.to(dtype) - origin, x.dtype)
-        columns = rows.mT
-        joint = torch.addmm(constant[:, None], linear, columns)
+        usable, columns = squared < math.inf, rows.mT
+        joint = torch.addmm(constant[:, None], linear, columns, beta=LOG2_E, alpha=LOG2_E)
         if covariance.tied:
-            shares = responsibilities(joint, weight, prior, assignment, squared < math.inf)
+            shares = responsibilities(joint, weight, prior, assignment, usable)
             second = covariance.whitened_second(columns.mT[None], shares.weight[None])
         else:
             features = covariance.features(columns)
-            add_product_(joint, quadratic, features)
-            shares = responsibilities(joint, weight, prior, assignment, squared < math.inf)
+            add_product_(joint, quadratic, features, alpha=LOG2_E)
+            shares = responsibilities(joint, weight, prior, assignment, usable)
             second = product(shares.r, features.mT)
         return _sums(shares.r @ columns.mT, second, shares)
 

@@ -105,7 +105,7 @@ def maximize(
         Parameters in the dtype of ``current``, computed in the dtype of the sums.
     """
     posterior = _with_priors(statistics, priors)
-    means, alive = _means(posterior)
+    means, alive = _means(posterior), _supported(posterior.count)
     if learned.means is not None:
         means = torch.where(learned.means[:, None], means, current.means.to(means))
         # About a mean that is not their own, the rows scatter more.
@@ -168,8 +168,12 @@ def scatter(statistics: Statistics, covariance: Covariance) -> Tensor:
 
     .. math:: T_k = S^{(2)}_k - [S^{(1)}_k S^{(1)\top}_k] / n_k
     """
-    shift = statistics.first / statistics.count.clamp(min=TINY)[:, None]
-    return statistics.second - covariance.pool(covariance.outer(statistics.first, shift))
+    return statistics.second - covariance.pool(covariance.outer(statistics.first, _shift(statistics)))
+
+
+def _shift(statistics: Statistics) -> Tensor:
+    """Return the weighted mean of each component about the reference point, zero where no row supports one."""
+    return statistics.first / statistics.count.clamp(min=TINY)[:, None]
 
 
 def _supported(mass: Tensor) -> Tensor:
@@ -186,21 +190,20 @@ def _with_priors(statistics: Statistics, priors: Priors) -> Statistics:
     pseudo = priors.observations(statistics)
     if pseudo is None:
         return statistics
-    (ours, _), (theirs, _) = _means(statistics), _means(pseudo)
+    ours, theirs = _means(statistics), _means(pseudo)
     count = statistics.count + pseudo.count
     share = (pseudo.count / count.clamp(min=TINY))[:, None]
     return statistics.about((1.0 - share) * ours + share * theirs).merge(pseudo)
 
 
-def _means(statistics: Statistics) -> tuple[Tensor, Tensor]:
-    """Return the weighted mean of each component, and which of them any row supports."""
-    shift = statistics.first / statistics.count.clamp(min=TINY)[:, None]
-    return statistics.origin.to(shift.dtype) + shift, _supported(statistics.count)
+def _means(statistics: Statistics) -> Tensor:
+    """Return the weighted mean of each component."""
+    return statistics.origin + _shift(statistics)
 
 
 def _mean_variance(statistics: Statistics, covariance: Covariance) -> Tensor:
     """Return the mean over features of the variance of all rows: within components plus between them."""
-    count, (means, _) = statistics.count, _means(statistics)
+    count, means = statistics.count, _means(statistics)
     total = torch.where(count.sum() > 0, count.sum(), 1.0)
     between = (count[:, None] * (means - count @ means / total).square()).sum(0).mean()
     return (covariance.mean_diagonal(scatter(statistics, covariance)).sum() + between) / total

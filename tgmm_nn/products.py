@@ -19,9 +19,9 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "") if _by_onednn(a, b) else a @ b
 
 
-def add_product_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Add ``a @ b`` to ``total`` in place, and return it."""
-    return total.add_(product(a, b)) if _by_onednn(a, b) else total.addmm_(a, b)
+def add_product_(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
+    """Add ``alpha`` times ``a @ b`` to ``total`` in place, and return it."""
+    return total.add_(product(a, b), alpha=alpha) if _by_onednn(a, b) else total.addmm_(a, b, alpha=alpha)
 
 
 @cache

@@ -19,7 +19,7 @@ from tgmm_nn.fitting import Options, sum_over
 from tgmm_nn.initialization import reseed
 from tgmm_nn.maximization import EVERYTHING, Learned
 from tgmm_nn.state import MixtureState
-from tgmm_nn.statistics import Parameters, Statistics, check_like
+from tgmm_nn.statistics import Statistics, check_like
 from tgmm_nn.transport import sinkhorn
 
 __all__ = ["MixtureSteps"]
@@ -107,14 +107,11 @@ class MixtureSteps(MixtureState):
         usable, current = _is_usable(statistics), self.mixture()
         with full_precision(usable.device):
             new = self._em_options(learned).maximize(statistics, current)
-        self._write(Parameters(*(torch.where(usable, ours, old) for ours, old in zip(new, current, strict=True))))
-        self._keep(
-            torch.where(usable, statistics.count, self.running_count),
-            torch.where(usable, statistics.first, self.running_first),
-            torch.where(usable, statistics.second, self.running_second),
-            torch.where(usable, statistics.origin, self.running_origin),
-        )
-        self.running_step_size.copy_(torch.where(usable, 1.0, self.running_step_size))
+        running, origin = self.running_statistics(), statistics.origin.expand_as(self.running_origin)
+        values = (*new, statistics.count, statistics.first, statistics.second, origin, usable.new_ones(1))
+        buffers = (*current, running.count, running.first, running.second, running.origin, self.running_step_size)
+        for value, buffer in zip(values, buffers, strict=True):
+            torch.where(usable, value, buffer, out=buffer)
         self.fitted.logical_or_(usable)
 
     @torch.no_grad()
@@ -202,7 +199,7 @@ class MixtureSteps(MixtureState):
         # A subclass may have its own M-step, of sums alone.
         self.maximize(sums, *(() if learned is EVERYTHING else (learned,)))
         if step_size is not None:
-            self.running_step_size.copy_(torch.where(usable, rho, before))
+            torch.where(usable, rho, before, out=self.running_step_size)
         self.n_updates.add_(usable)
         self.n_skipped.add_(batch.skipped.to(torch.int64))
         return batch.mean_log_likelihood().to(self.means_.dtype)
