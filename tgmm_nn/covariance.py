@@ -48,8 +48,9 @@ class Full(Covariance):
         return torch.linalg.eigvalsh(element)
 
     def add_to_diagonal(self, element: Tensor, value: float | Tensor) -> Tensor:
-        eye = torch.eye(element.shape[-1], dtype=element.dtype, device=element.device)
-        return element + (value[..., None, None] if isinstance(value, Tensor) else value) * eye
+        lifted = element.clone()
+        lifted.diagonal(dim1=-2, dim2=-1).add_(value.unsqueeze(-1) if isinstance(value, Tensor) else value)
+        return lifted
 
     def matrix(self, element: Tensor, n_features: int) -> Tensor:
         return element
@@ -107,8 +108,8 @@ class Full(Covariance):
         return y[0] if len(y) == 1 else torch.cat(y, -1)
 
     def whitened_second(self, y: Tensor, r: Tensor) -> Tensor:
-        weighted, d = (y * r.unsqueeze(-1)).mT, y.shape[-1]
-        return symmetric([self.pool(weighted[..., i:j, :] @ y[..., :j]) for i, j in blocks_of(d)])
+        blocks, r = blocks_of(y.shape[-1]), r.unsqueeze(-1)
+        return symmetric([self.pool((y[..., i:j] * r).mT @ y[..., :j]) for i, j in blocks])
 
     def features(self, x: Tensor) -> Tensor:
         d, n = x.shape

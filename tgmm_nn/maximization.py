@@ -114,9 +114,8 @@ def maximize(
     if learned.covariances is not None:
         known = known & (covariance.pool(learned.covariances.to(statistics.count)) > 0)
     # Both factorisations are always made: to look whether the first succeeded would read a value on the host.
-    positive = per_element(covariance.is_positive(element), element)
     narrow = current.means.dtype
-    factor, exists = covariance.factor(torch.where(positive, element, covariance.lift(element)), narrow)
+    factor, exists = covariance.factor(covariance.lift(element, ~covariance.is_positive(element)), narrow)
     return Parameters(
         _weights(priors.weights(statistics.count), current.weights, learned.weights).to(narrow),
         torch.where(alive[:, None], means, current.means).to(narrow),

@@ -214,6 +214,6 @@ class Covariance(ABC):
         shape = (self.leading(n_components), *self.shape(n_features))
         return self.add_to_diagonal(torch.zeros(shape) if like is None else like.new_zeros(shape), 1.0)
 
-    def lift(self, covariance: Tensor) -> Tensor:
-        """Return covariances lifted on the diagonal by a small fraction of their mean variance."""
-        return self.add_to_diagonal(covariance, LIFT * self.mean_diagonal(covariance))
+    def lift(self, covariance: Tensor, which: Tensor | bool = True) -> Tensor:
+        """Return covariances, some of them lifted on the diagonal by a small fraction of their mean variance."""
+        return self.add_to_diagonal(covariance, which * LIFT * self.mean_diagonal(covariance))
