@@ -145,15 +145,21 @@ def test_congruence_gives_whitened_sums_the_units_of_the_data(family, covariance
     assert_near(got, restrict(torch.einsum("kn,nki,nkj->kij", r, centred, centred), family))
 
 
-def test_features_times_the_dual_of_a_matrix_is_its_quadratic_form(covariance, elements, x):
-    got = covariance.dual(elements, D) @ covariance.features(x.mT)
+@pytest.fixture(params=["independent", "whole"])
+def form(request, covariance):
+    """Features without repetition, and as they are written for few rows."""
+    return covariance if request.param == "independent" else covariance.whole()
+
+
+def test_features_times_the_dual_of_a_matrix_is_its_quadratic_form(form, elements, x):
+    got = form.dual(elements, D) @ form.features(x.mT)
     assert_near(got, torch.einsum("ni,kij,nj->kn", x, dense(elements, D), x))
 
 
-def test_features_unpack_into_the_outer_product(covariance, x):
-    assert torch.equal(covariance.unpack(covariance.features(x.mT).mT, D), covariance.outer(x, x))
-    assert_near(covariance.unpack(covariance.features(x.mT).sum(-1), D), covariance.outer(x, x).sum(0))
-    assert torch.equal(covariance.pack(covariance.outer(x, x)), covariance.features(x.mT).mT)
+def test_features_unpack_into_the_outer_product(form, x):
+    assert torch.equal(form.unpack(form.features(x.mT).mT, D), form.outer(x, x))
+    assert_near(form.unpack(form.features(x.mT).sum(-1), D), form.outer(x, x).sum(0))
+    assert torch.equal(form.pack(form.outer(x, x)), form.features(x.mT).mT)
 
 
 def test_lift_adds_a_small_fraction_of_the_mean_variance(covariance, elements):

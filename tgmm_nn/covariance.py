@@ -38,6 +38,9 @@ class Full(Covariance):
     def n_parameters(self, n_features: int) -> int:
         return n_features * (n_features + 1) // 2
 
+    def whole(self) -> Covariance:
+        return Whole(self.tied)
+
     def outer(self, a: Tensor, b: Tensor) -> Tensor:
         return a.unsqueeze(-1) * b.unsqueeze(-2)
 
@@ -150,6 +153,22 @@ class Full(Covariance):
     def _pairs(x: Tensor) -> tuple[Tensor, Tensor]:
         i, j = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device).unbind()
         return i, j
+
+
+class Whole(Full):
+    """Full matrices with all d² products of a row as features: one step for few rows, twice the numbers for many."""
+
+    def features(self, x: Tensor) -> Tensor:
+        return (x.unsqueeze(1) * x).flatten(0, 1)
+
+    def dual(self, matrix: Tensor, n_features: int) -> Tensor:
+        return matrix.flatten(-2)
+
+    def pack(self, element: Tensor) -> Tensor:
+        return element.flatten(-2)
+
+    def unpack(self, features: Tensor, n_features: int) -> Tensor:
+        return features.unflatten(-1, self.shape(n_features))
 
 
 class Uncorrelated(Covariance):

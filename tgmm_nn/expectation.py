@@ -42,8 +42,8 @@ Sums = tuple[Tensor, ...]
 # Features up to which products in float64 are no slower than whitening in float32, which then moves more than it adds.
 FEW = 32
 
-# Numbers n · K · d of a batch up to which whitening it in float32 takes fewer and shorter steps than its moments.
-SMALL = 2**16
+# Products n · d² of a batch up to which it is quicker to write all of them at once than to pick half of them.
+SMALL = 2**18
 
 
 def expectation(
@@ -63,8 +63,8 @@ def expectation(
 
     - ``moments``: `moment_statistics` in the dtype of the rows;
     - else, for float32 rows whose moments are hardly more numbers than the row (`Covariance.is_narrow`: all families
-      but the untied full one), or which have few features and are no small batch: `moment_statistics` in float64, whose
-      digits are enough for what float32 rows can tell apart;
+      but the untied full one), or which have few features: `moment_statistics` in float64, whose digits are enough for
+      what float32 rows can tell apart;
     - else, for float64 rows, and on devices without float64: `whitened_statistics`.
 
     Args:
@@ -83,8 +83,7 @@ def expectation(
     if assignment.offset is not None:
         parameters = revivable(parameters)
     wide = accumulator_dtype(x.device)
-    few = x.shape[1] <= FEW and x.shape[0] * parameters.means.numel() > SMALL
-    narrow = covariance.is_narrow(x.shape[1]) or few
+    narrow = covariance.is_narrow(x.shape[-1]) or x.shape[-1] <= FEW
     of_rows = (sample_weight, log_prior, assignment)
     if moments or (narrow and x.dtype != wide):
         dtype = x.dtype if moments else wide
@@ -192,7 +191,8 @@ def moment_statistics(
     """
     wide, dtype, n_features = accumulator_dtype(x.device), dtype or x.dtype, x.shape[-1]
     origin = mixture_mean(parameters).to(dtype)
-    constant, linear, quadratic = (theta.to(dtype) for theta in natural_parameters(parameters, origin, covariance))
+    form = covariance.whole() if len(x) * n_features**2 <= SMALL else covariance
+    constant, linear, quadratic = (theta.to(dtype) for theta in natural_parameters(parameters, origin, form))
 
     def sums(rows: Tensor, weight: Tensor | None, prior: Tensor | None) -> Sums:
         rows, squared = mask_rows(rows.to(dtype) - origin, x.dtype)
@@ -202,7 +202,7 @@ def moment_statistics(
             shares = responsibilities(joint, weight, prior, assignment, usable)
             second = covariance.whitened_second(columns.mT[None], shares.weight[None])
         else:
-            features = covariance.features(columns)
+            features = form.features(columns)
             add_product_(joint, quadratic, features, alpha=LOG2_E)
             shares = responsibilities(joint, weight, prior, assignment, usable)
             second = product(shares.r, features.mT)
@@ -216,7 +216,7 @@ def moment_statistics(
         count, log_likelihood, classification, *rows = totals
         totals = [count, log_likelihood + trace, classification + trace, *rows]
     else:
-        second = covariance.unpack(second, n_features)
+        second = form.unpack(second, n_features)
     return _statistics(first, second, totals, origin, covariance)
 
 

@@ -158,6 +158,10 @@ class Covariance(ABC):
     def normals(self, means: Tensor, factor: Tensor) -> Distribution:
         """Return the components as one batch of distributions, for means ``(K, d)``; differentiable."""
 
+    def whole(self) -> Covariance:
+        """Return the structure with the quickest `features` of few rows, which may repeat entries."""
+        return self
+
     def is_narrow(self, n_features: int) -> bool:
         """Return whether what tells components apart in a row is a product with about as many numbers as it has.
 
