@@ -260,6 +260,21 @@ def test_labels_of_one_rank_that_are_no_classes_raise_on_all(x, tmp_path):
     assert "rank 1 failed with ValueError: Expected `y`" in here
 
 
+@pytest.mark.parametrize("option", [{"n_components": 4}, {"covariance_type": "diag"}, {"tol": 0.5}, {"n_init": 2}])
+@pytest.mark.parametrize("method", ["fit", "initialize"])
+def test_options_that_differ_between_ranks_raise_on_all(method, option, x, tmp_path):
+    [name] = option
+
+    def run(rank):
+        options = {"n_components": K, "n_features": D, "covariance_type": "full", **(option if rank else {})}
+        gmm = GaussianMixture(**options)
+        with pytest.raises(ValueError, match=f"Expected all ranks to have the same `{name}`, but got .* on rank 0 and"):
+            getattr(gmm, method)(parts_of(x, 75)[rank])
+        return torch.tensor(gmm.fitted_)
+
+    assert on_two_ranks(run, tmp_path) == [False, False]
+
+
 def test_too_few_rows_over_all_ranks_raise_alike(x, tmp_path):
     errors = on_two_ranks(lambda rank: said(lambda: layer().fit(x[rank : rank + 1])), tmp_path)
     assert errors[0] == errors[1]

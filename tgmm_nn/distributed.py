@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import NoReturn, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from torch import Tensor
 __all__ = [
     "attempt",
     "broadcast_from_rank_zero",
+    "check_same_on_all_ranks",
     "is_distributed",
     "is_rank_zero",
     "on_all_ranks",
@@ -55,6 +56,30 @@ def broadcast_from_rank_zero(tensors: Iterable[Tensor]) -> None:
     if is_distributed():
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
+
+
+def check_same_on_all_ranks(options: Mapping[str, Any]) -> None:
+    """Raise on all ranks unless each has these options alike; every rank has to call this.
+
+    Messages of another shape, or another number of them, would abort or hang.
+
+    Args:
+        options: Plain values by name.
+
+    Raises:
+        ValueError: Naming the first option that differs, its values, and the rank.
+    """
+    if not is_distributed():
+        return
+    of_ranks: list[Mapping[str, Any]] = [options] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, options)
+    for rank, theirs in enumerate(of_ranks):
+        for name, value in of_ranks[0].items():
+            if theirs[name] != value:
+                raise ValueError(
+                    f"Expected all ranks to have the same `{name}`, but got {value!r} on rank 0 and {theirs[name]!r} "
+                    f"on rank {rank}."
+                )
 
 
 def rows_of_each_rank(rows: Tensor) -> Iterator[Tensor]:

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from tgmm_nn.data import Rows, is_stream
 from tgmm_nn.density import full_precision
-from tgmm_nn.distributed import broadcast_from_rank_zero, is_distributed, is_rank_zero, on_all_ranks
+from tgmm_nn.distributed import (
+    broadcast_from_rank_zero,
+    check_same_on_all_ranks,
+    is_distributed,
+    is_rank_zero,
+    on_all_ranks,
+)
 from tgmm_nn.fitting import Fit, Options, fit_from, progress
 from tgmm_nn.functional import distance
 from tgmm_nn.initialization import Start, n_candidates
@@ -23,6 +29,9 @@ from tgmm_nn.steps import MixtureSteps
 from tgmm_nn.survey import Candidates, Found, Survey, look
 
 __all__ = ["MixtureEM"]
+
+# Options on which the messages that ranks exchange depend, or what each makes of them.
+OF_A_RUN = ("n_init", "cem", "max_iter", "tol", "reg_covar", "reg_covar_relative")
 
 Self = TypeVar("Self", bound="MixtureEM")
 
@@ -244,6 +253,8 @@ class MixtureEM(MixtureSteps):
     def _survey(self, x: Any, sample_weight: Any, log_prior: Any = None, *, sync: bool) -> tuple[Rows, Survey]:
         """Return training rows and what a first pass finds in those of all ranks, or raise, on all ranks alike."""
         device, shared, size = self.means_.device, sync and is_distributed(), n_candidates(self.n_components)
+        if shared:
+            check_same_on_all_ranks({**self._shape(), **{name: getattr(self, name) for name in OF_A_RUN}})
 
         def of_this_rank() -> tuple[Rows, Found]:
             data = self._data(x, sample_weight, log_prior, shared)

@@ -220,4 +220,4 @@ class Covariance(ABC):
 
     def lift(self, covariance: Tensor, which: Tensor | bool = True) -> Tensor:
         """Return covariances, some of them lifted on the diagonal by a small fraction of their mean variance."""
-        return self.add_to_diagonal(covariance, which * LIFT * self.mean_diagonal(covariance))
+        return self.add_to_diagonal(covariance, LIFT * self.mean_diagonal(covariance) * which)
