@@ -119,7 +119,7 @@ def plot_weights(
     step = (places[-1] - places[0]) / max(1, len(places) - 1) or 1.0
     k = weights.shape[1]
     extent = (places[0] - step / 2, places[-1] + step / 2, k - 0.5, -0.5)
-    image = ax.imshow(weights.T, cmap="Greys", vmin=0.0, aspect="auto", extent=extent, interpolation="nearest")
+    image = ax.imshow(weights.T.numpy(), cmap="Greys", vmin=0.0, aspect="auto", extent=extent, interpolation="nearest")
     for number in range(1, k):
         ax.axhline(number - 0.5, color="white", lw=1.0)
     events = (("deaths", deaths, "x", DEATH, "component died"), ("births", births, "^", BIRTH, "component was born"))
@@ -150,9 +150,9 @@ def plot_likelihood(gmm: GaussianMixture, *, title: str | None = None, ax: Axes 
         ValueError: If it was fitted by other means than `fit`, and so has no history.
 
     Example:
-        >>> gmm = GaussianMixture(2, 1, random_state=0).fit(torch.randn(200, 1))
+        >>> gmm = GaussianMixture(2, 1, random_state=0).fit([[0.0], [1.0], [2.0], [7.0], [8.0], [9.0]])
         >>> ax = plot_likelihood(gmm)
-        >>> ax.get_title() == f"EM converged after {gmm.n_iter_} iterations", ax.get_ylabel()
+        >>> ax.get_title().startswith("EM converged after"), ax.get_ylabel()
         (True, 'log-likelihood, nats per row')
     """
     check_fitted(gmm)
