@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from tgmm_nn.metrics import Contingency
@@ -45,7 +44,7 @@ def draw_latent(
     axes = new_axes(1, 1 if y is None else 2, size=(6.6, 5.2))
     plot_latent(gmm, z, plane=plane, ax=axes[0])
     if y is not None:
-        plot_latent(gmm, z, y, names=names, plane=plane, ax=axes[1])
+        plot_latent(gmm, z, y, n_std=(1.0,), names=names, plane=plane, ax=axes[1])  # the left one has both
     save(axes[0], folder / "latent.png")
 
 
@@ -57,19 +56,14 @@ def draw_density(gmm: GaussianMixture, z: Tensor, folder: Path, score: OutlierSc
 
 
 def draw_contingency(clusters: Tensor, y: Tensor, n_clusters: int, folder: Path) -> None:
-    """Write ``contingency.png``: rows by component and class, components in the order of the classes that they match."""
-    table = Contingency(n_clusters, int(y.max()) + 1).to(y.device)(clusters, y).cpu()
-    matched, classes = linear_sum_assignment(table.numpy(), maximize=True)
-    of_class = dict(zip(matched.tolist(), classes.tolist(), strict=True))
-    order = sorted(range(n_clusters), key=lambda k: (of_class.get(k, n_clusters), k))
-    hits = int(table[matched, classes].sum())
-    title = f"Rows by component and class; {hits:,} of {len(y):,} lie in the component that is matched to their class"
+    """Write ``contingency.png``: rows by component and class, components in the order of their most frequent classes."""
+    table = Contingency(n_clusters, int(y.max()) + 1)(clusters.cpu(), y.cpu())
+    most, classes = table.max(1)
+    order = sorted(range(n_clusters), key=lambda k: (int(classes[k]), -int(most[k])))
+    title = f"Of {len(y):,} rows {int(most.sum()):,} are of their component's most frequent class"
     ax = new_axes(size=(7.0, max(5.0, min(10.0, 0.45 * n_clusters))))[0]
-    ticks = [str(k) for k in order]
-    save(
-        plot_contingency(table[order], clusters=ticks, ylabel="component", title=title, ax=ax),
-        folder / "contingency.png",
-    )
+    plot_contingency(table[order], clusters=[str(k) for k in order], ylabel="component", title=title, ax=ax)
+    save(ax, folder / "contingency.png")
 
 
 def draw_components(

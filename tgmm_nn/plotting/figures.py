@@ -77,7 +77,7 @@ def percent(share: float) -> str:
 def label(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
     """Name what is seen; a title that is wider than its axes goes on in a new line."""
     inches = ax.get_window_extent().width / ax.figure.dpi
-    letters = max(20, int(0.8 * 72 * inches / (0.56 * float(ax.title.get_fontsize()))))
+    letters = max(20, int(72 * inches / (0.56 * float(ax.title.get_fontsize()))))
     ax.set(title="\n".join(textwrap.fill(line, letters) for line in title.split("\n")), xlabel=xlabel, ylabel=ylabel)
 
 

@@ -144,7 +144,8 @@ def plot_samples(
     plot_latent(gmm, x, n_std=(), plane=plane, limits=limits, title=f"{len(x):,} rows of the data", ax=axes[0])
     title = f"{n_samples:,} samples of the mixture"
     own = components if gmm.n_features > 1 else None
-    plot_latent(gmm, samples, own, n_std=(), plane=plane, limits=limits, title=title, ax=axes[1])
+    names = {k: f"component {k}" for k in range(gmm.n_components)}
+    plot_latent(gmm, samples, own, n_std=(), names=names, plane=plane, limits=limits, title=title, ax=axes[1])
     return axes
 
 
