@@ -56,7 +56,7 @@ def draw_density(gmm: GaussianMixture, z: Tensor, folder: Path, score: OutlierSc
 
 
 def draw_contingency(clusters: Tensor, y: Tensor, n_clusters: int, folder: Path) -> None:
-    """Write ``contingency.png``: rows by component and class, components in the order of their most frequent classes."""
+    """Write ``contingency.png``: rows by component and class, components ordered by their most frequent class."""
     table = Contingency(n_clusters, int(y.max()) + 1)(clusters.cpu(), y.cpu())
     most, classes = table.max(1)
     order = sorted(range(n_clusters), key=lambda k: (int(classes[k]), -int(most[k])))

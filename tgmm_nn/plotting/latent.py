@@ -212,7 +212,8 @@ def spread(places: Tensor, most: int = 300) -> Tensor:
         missing.diagonal()[:] = 0.0
         if float(missing.max()) < 1e-3:
             break
-        places = places + (0.51 * missing * away / distance).sum(1)
+        push = (0.51 * missing * away / distance).sum(1)
+        places = places + push / (missing > 0).sum(1).clamp(min=1)  # the sum would scatter a crowd
     return places
 
 
