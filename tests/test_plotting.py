@@ -340,6 +340,22 @@ def test_a_long_title_is_broken_into_lines_that_fit(tmp_path):
     assert box.x1 < figure.x1
 
 
+@pytest.mark.parametrize(
+    "far", [[[20.0, -8.0], [6.0, -15.0]], [[0.0, 60.0]], [[60.0, 0.0]]], ids=["near", "tall", "wide"]
+)
+def test_nothing_is_cut_off(far, generator, tmp_path):
+    """Neither labels nor the legend, whatever the proportions of what is drawn."""
+    x = torch.cat([3 * torch.randn(200, 2, generator=generator), torch.tensor(far)])
+    gmm = GaussianMixture(2, 2, random_state=0, max_iter=500).fit(x)
+    for ax in (plot_density(gmm, x, OutlierScore(gmm).calibrate(x)), plot_latent(gmm, x, torch.arange(len(x)) % 12)):
+        save(ax, tmp_path / "picture.png")
+        box = ax.figure.get_tightbbox()
+        width, height = ax.figure.get_size_inches()
+        assert min(box.x0, box.y0) > -0.02
+        assert box.x1 < width + 0.02
+        assert box.y1 < height + 0.02
+
+
 def test_an_animation_has_a_frame_for_each_picture(tmp_path):
     files = []
     for number in range(4):

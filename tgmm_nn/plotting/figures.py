@@ -60,7 +60,7 @@ def new_axes(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.0, 
         >>> len(new_axes(2, 3))
         6
     """
-    figure = Figure(figsize=(columns * size[0], rows * size[1]), layout="constrained", dpi=DPI)
+    figure = Figure(figsize=(columns * size[0], rows * size[1]), layout="compressed", dpi=DPI)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax in axes:
         ax.tick_params(labelsize=11)
