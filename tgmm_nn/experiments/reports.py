@@ -114,7 +114,8 @@ def _draw(
     """Write the pictures of a clustering."""
     draw_latent(gmm, z, y, folder)
     draw_density(gmm, z, folder)
-    draw_contingency(gmm.predict(z).cpu(), y.cpu(), gmm.n_components, folder)
+    if gmm.fitted_:
+        draw_contingency(gmm.predict(z), y, gmm.n_components, folder)
     r = gmm.predict_proba(z).to(x)
     images = r.mT @ x / r.sum(0).clamp(min=1e-12)[:, None]
     draw_components(gmm, images, image_shape, folder, "Mean image")
