@@ -18,7 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from threadpoolctl import threadpool_limits
 
 from tgmm_nn.checks import check_integer
-from tgmm_nn.experiments.reports import Row, format_table, plot_metrics
+from tgmm_nn.experiments.drawing import plot_metrics
+from tgmm_nn.experiments.reports import Row, format_table
 
 KEYS = ("name", "seed", "num_threads", "ckpt_path", "data", "model", "gmm", "callbacks", "logger", "trainer", "paths")
 

@@ -66,7 +66,10 @@ def table(folder):
 def test_a_run_writes_what_the_readme_lists_and_resumes(train, capsys):
     folder = train(*QUICK, "gmm.covariance_type=tied_full", "gmm.n_components=8", "seed=3")
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    pictures = {"latent.png", "components.png", "curves.png", "latent_epoch_0000.png", "latent_epoch_0002.png"}
+    pictures = {
+        *(f"{name}.png" for name in ("latent", "density", "contingency", "components", "samples", "weights", "curves")),
+        *("latent_epoch_0000.png", "latent_epoch_0002.png", "latent.gif", "weights.csv"),
+    }
     assert {"config.yaml", "metrics.csv", "results.csv", "checkpoints/last.ckpt", *pictures} <= names
 
     printed = capsys.readouterr().out

@@ -132,6 +132,6 @@ class VariationalClustering(lightning.LightningModule):
             "mixture at its start": self.start,
         }
         mean, _ = self(data.x.to(self.device))
-        others = clustering_report(self.gmm, mean, data.x, data.y, data.image_shape, folder, seed)[1:]
+        others = clustering_report(self.gmm, mean, data.x, data.y, data.image_shape, folder, seed, self.decoder)[1:]
         rows: list[Row] = [{"method": name, **scores} for name, scores in ends.items() if scores]
         return rows + [{**row, "elbo": "", "smallest weight": ""} for row in others]
