@@ -20,7 +20,10 @@ from threadpoolctl import threadpool_limits
 from tgmm_nn.checks import check_integer
 from tgmm_nn.experiments.reports import Row, format_table, plot_metrics
 
-KEYS = ("name", "seed", "num_threads", "ckpt_path", "data", "model", "gmm", "callbacks", "logger", "trainer", "paths")
+KEYS = (
+    "name", "seed", "num_threads", "train", "ckpt_path", "inputs",
+    "data", "model", "gmm", "callbacks", "logger", "trainer", "paths",
+)  # fmt: skip
 
 
 # Hints of Lightning and torchmetrics that do not apply: data in memory, short epochs, a run's own folder.
@@ -74,7 +77,9 @@ def train(cfg: DictConfig) -> list[Row]:
         torch.set_num_threads(cfg.num_threads)
         threadpool_limits(cfg.num_threads)  # scikit-learn's and NumPy's
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
-    data, model = build(cfg.data), build(cfg.model)
+    data = build(cfg.data)
+    cfg.inputs = data.inputs()
+    model = build(cfg.model)
     callbacks = {name: callback for name, callback in build(cfg.callbacks).items() if callback is not None}
     for name, callback in callbacks.items():
         if not isinstance(callback, lightning.Callback):

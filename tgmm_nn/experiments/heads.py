@@ -1,4 +1,4 @@
-"""Density heads on a classifier of digits: which inputs it does not know, and mixtures in place of a softmax layer."""
+"""Density heads on a classifier: which inputs it does not know, and mixtures in place of a softmax layer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from tgmm_nn.checks import check_number
 from tgmm_nn.classifier import MixtureClassifier
-from tgmm_nn.experiments.digits import LabelledDigitsDataModule
 from tgmm_nn.experiments.reports import Row
+from tgmm_nn.experiments.rows import RowsDataModule
 from tgmm_nn.metrics import Contingency, detection_scores
 from tgmm_nn.mixture import GaussianMixture
 from tgmm_nn.outliers import OutlierScore
@@ -54,6 +54,15 @@ class _DensityHead(lightning.LightningModule):
         self.encoder, self.density = encoder, density
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
 
+    def on_fit_start(self) -> None:
+        """Raise if no row is held out to be scored on, before any time is spent."""
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, RowsDataModule) and not len(data.test):
+            raise ValueError(
+                f"Expected `test_size`, the share of {data.rows.source} to hold out and score on, but got None; set "
+                "data.test_size=0.3."
+            )
+
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the features of a batch."""
         features: Tensor = self.encoder(batch["x"])
@@ -65,7 +74,7 @@ class _DensityHead(lightning.LightningModule):
 
 
 class OutlierDetection(_DensityHead):
-    """Classify digits, and tell by a density of the features which rows are of no known class.
+    """Classify rows, and tell by a density of the features which rows are of no known class.
 
     The features are learned by cross-entropy and reconstruction: what a classifier alone keeps says little of rows that
     it was not made for. The density is a Gaussian for each class, which `EMCallback` learns while the network trains.
@@ -94,6 +103,16 @@ class OutlierDetection(_DensityHead):
         self.decoder, self.reconstruction = decoder, reconstruction
         self.head = nn.Linear(density.n_features, density.n_classes)
 
+    def on_fit_start(self) -> None:
+        """Raise if there is nothing to be told apart, before any time is spent."""
+        super().on_fit_start()
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, RowsDataModule) and not len(data.unknown):
+            raise ValueError(
+                f"Expected `n_classes` below the number of classes of {data.rows.source}, so that rows of the others can "
+                f"be told apart, but got {data.n_classes}; set data.n_classes."
+            )
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return cross-entropy and reconstruction."""
         z = self.encoder(batch["x"])
@@ -103,18 +122,18 @@ class OutlierDetection(_DensityHead):
         return loss
 
     @torch.no_grad()
-    def report(self, data: LabelledDigitsDataModule, folder: Path, seed: int) -> list[Row]:
-        """Score held-out digits of known classes against the others, beside the baselines, and draw the scores."""
+    def report(self, data: RowsDataModule, folder: Path, seed: int) -> list[Row]:
+        """Score held-out rows of known classes against the others, beside the baselines, and draw the scores."""
         self.eval()
         pixels = [part.to(self.device) for part in (data.x, data.x_test, data.x_unknown)]
         train, test, unknown = (self.encoder(part) for part in pixels)
         y_test = data.y_test.to(self.device)
         how: dict[str, Any] = {"reg_covar": 1e-2, "random_state": seed, "max_iter": 300}
-        free = GaussianMixture(3 * data.n_classes, train.shape[1], **how).fit(
+        free = GaussianMixture(3 * self.density.n_classes, train.shape[1], **how).fit(
             train, sync=False
         )  # each rank has all rows
         single = GaussianMixture(1, train.shape[1], **how).fit(train, sync=False)
-        raw = MixtureClassifier(data.n_classes, data.x.shape[1], **how).fit(pixels[0], data.y, sync=False)
+        raw = MixtureClassifier(self.density.n_classes, data.n_features, **how).fit(pixels[0], data.y, sync=False)
         logits, classes = (self.head(test), self.head(unknown)), self.density.predict(test)
         accuracy = float((classes == y_test).float().mean())
         of_softmax = float((logits[0].argmax(-1) == y_test).float().mean())
@@ -142,10 +161,10 @@ class OutlierDetection(_DensityHead):
 
     def _draw(self, score: OutlierScore, test: Tensor, unknown: Tensor, y_test: Tensor, folder: Path) -> None:
         left, right = new_axes(1, 2)
-        groups = {"known classes, held out": score(test), "other digits": score(unknown)}
+        groups = {"known classes, held out": score(test), "other classes": score(unknown)}
         plot_scores(groups, threshold=float(score.threshold), xlabel="-log p(x), nats", ax=left)
         other = torch.full((len(unknown),), self.density.n_classes, device=test.device)
-        title = f"features; class {self.density.n_classes}: other digits"
+        title = f"features; class {self.density.n_classes}: others"
         plot_latent(self.density.mixture, torch.cat([test, unknown]), torch.cat([y_test, other]), title=title, ax=right)
         save(right, folder / "outliers.png")
 
@@ -183,7 +202,7 @@ class GenerativeClassifier(_DensityHead):
         return loss + F.cross_entropy(self.softmax(batch["x"]), batch["y"])
 
     @torch.no_grad()
-    def report(self, data: LabelledDigitsDataModule, folder: Path, seed: int) -> list[Row]:
+    def report(self, data: RowsDataModule, folder: Path, seed: int) -> list[Row]:
         """Compare the two on held-out rows, and draw features and confusions."""
         self.eval()
         x, y = data.x_test.to(self.device), data.y_test.to(self.device)
@@ -191,7 +210,7 @@ class GenerativeClassifier(_DensityHead):
         logits = {"mixture for each class": self.density(z), "softmax layer": self.softmax(x)}
         left, right = new_axes(1, 2)
         plot_latent(self.density.mixture, z, y, title="held-out features, coloured by class", ax=left)
-        confusion = Contingency(data.n_classes, data.n_classes).to(self.device)
+        confusion = Contingency(self.density.n_classes, self.density.n_classes).to(self.device)
         plot_contingency(confusion(self.density.predict(z), y), title="predicted class × class", ax=right)
         save(right, folder / "classes.png")
         return [

@@ -18,10 +18,34 @@ __all__ = ["Row", "clustering_report", "clustering_scores", "format_table", "plo
 
 Row = dict[str, str | float]
 
+# Of a full mixture of the rows themselves: of more, its covariances take minutes, and more rows than there are.
+MOST_FEATURES = 128
 
-def clustering_scores(clusters: Tensor, y: Tensor) -> dict[str, float]:
-    """Return accuracy after optimal matching, normalised mutual information and adjusted Rand index of labels."""
-    clusters, y = clusters.cpu(), y.cpu()
+
+def clustering_scores(clusters: Tensor, y: Tensor | None) -> dict[str, float]:
+    """Return how clusters agree with classes or, without classes, how rows are spread over the clusters.
+
+    Args:
+        clusters: Cluster of each row, shape ``(N,)``.
+        y: Class of each row, negative where it has none, shape ``(N,)``; None where no row has.
+
+    Returns:
+        ``accuracy`` after optimal matching, normalised mutual information ``nmi`` and adjusted Rand index ``ari``; or
+        the exponential of the entropy of the clusters' shares, ``effective clusters``, and the ``largest share``.
+
+    Example:
+        >>> clustering_scores(torch.tensor([0, 0, 1, 1]), None)
+        {'effective clusters': 2.0, 'largest share': 0.5}
+    """
+    clusters = clusters.cpu()
+    if y is None:
+        share = clusters.bincount() / len(clusters)
+        return {
+            "effective clusters": float(torch.special.entr(share).sum().exp()),
+            "largest share": float(share.max()),
+        }
+    known = y.cpu() >= 0
+    clusters, y = clusters[known], y.cpu()[known]
     accuracy = MatchedAccuracy(int(clusters.max()) + 1, int(y.max()) + 1)
     return {
         "accuracy": float(accuracy(clusters, y)),
@@ -31,32 +55,39 @@ def clustering_scores(clusters: Tensor, y: Tensor) -> dict[str, float]:
 
 
 def clustering_report(
-    gmm: GaussianMixture, z: Tensor, x: Tensor, y: Tensor, image_shape: tuple[int, int], folder: Path, seed: int
+    gmm: GaussianMixture,
+    z: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    image_shape: tuple[int, int] | None,
+    folder: Path,
+    seed: int,
 ) -> list[Row]:
     """Compare a mixture on embeddings with its baselines, and draw the latent space and each component's mean image.
 
     Args:
         gmm: Fitted mixture of the embeddings.
         z: Embeddings, shape ``(N, d)``.
-        x: Images as rows, shape ``(N, height · width)``.
-        y: Classes, for scoring only, shape ``(N,)``.
-        image_shape: Height and width.
+        x: What was embedded, shape ``(N, D)``; the same tensor as ``z`` where rows are embeddings already.
+        y: Classes, for scoring only, shape ``(N,)``; None where there are none.
+        image_shape: Height and width where rows are images.
         folder: Where the pictures go.
         seed: Seed of the baselines.
 
     Returns:
-        A row for each method with ``method``, ``accuracy``, ``nmi`` and ``ari``.
+        A row for each method with ``method`` and its `clustering_scores`. A full mixture of the rows themselves is
+        among them up to 128 features.
     """
-    k = gmm.n_components
-    pixel_mixture = GaussianMixture(
-        k, x.shape[1], n_init=10, reg_covar=1e-2, max_iter=500, random_state=seed, dtype=torch.float64
-    )
+    k, rows = gmm.n_components, "rows" if image_shape is None else "pixels"
     methods = {
         f"mixture carried through training ({gmm.covariance_type})": gmm.predict(z),
         "k-means on the embeddings": _kmeans(z, k, seed),
-        "k-means on pixels": _kmeans(x, k, seed),
-        "full mixture on pixels (reg_covar=0.01)": pixel_mixture.fit_predict(x),
     }
+    if x is not z:
+        methods[f"k-means on {rows}"] = _kmeans(x, k, seed)
+    if x is not z and x.shape[1] <= MOST_FEATURES:
+        how = {"n_init": 10, "reg_covar": 1e-2, "max_iter": 500, "random_state": seed, "dtype": torch.float64}
+        methods[f"full mixture on {rows} (reg_covar=0.01)"] = GaussianMixture(k, x.shape[1], **how).fit_predict(x)
     _draw(gmm, z, x, y, image_shape, folder)
     return [{"method": name, **clustering_scores(clusters, y)} for name, clusters in methods.items()]
 
@@ -101,12 +132,16 @@ def _kmeans(x: Tensor, n_clusters: int, seed: int) -> Tensor:
     return torch.from_numpy(labels).long()
 
 
-def _draw(gmm: GaussianMixture, z: Tensor, x: Tensor, y: Tensor, image_shape: tuple[int, int], folder: Path) -> None:
-    by_component, by_class = new_axes(1, 2)
+def _draw(
+    gmm: GaussianMixture, z: Tensor, x: Tensor, y: Tensor | None, image_shape: tuple[int, int] | None, folder: Path
+) -> None:
+    by_component, *by_class = new_axes(1, 1 if y is None else 2)
     plot_latent(gmm, z, title="coloured by component; ellipses of 2 sd", ax=by_component)
-    plot_latent(gmm, z, y, title="coloured by class; numbers are components", ax=by_class)
-    save(by_class, folder / "latent.png")
-
+    for ax in by_class:
+        plot_latent(gmm, z, y, title="coloured by class; numbers are components", ax=ax)
+    save(by_component, folder / "latent.png")
+    if image_shape is None:
+        return
     r = gmm.predict_proba(z).to(x)
     images = (r.mT @ x / r.sum(0).clamp(min=1e-12)[:, None]).reshape(-1, *image_shape)
     titles = [f"component {k}, {float(w):.0%}" for k, w in enumerate(gmm.weights_)]
