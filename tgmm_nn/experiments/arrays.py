@@ -147,23 +147,23 @@ def _read_npz(file: Path) -> Mapping[str, NDArray[Any]]:
     archive = _read(file)
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise ValueError(
-            f"Expected `path` to be an .npz file, but {file} holds one array; write it by np.savez(x=...)."
+            f"Expected `path` to be an .npz file, but {file} holds one array; write it by numpy.savez(path, x=rows)."
         )
     with archive:
         if "x" not in archive.files:
             raise ValueError(
-                f"Expected `path` to hold the rows under the key 'x', but {file} holds {sorted(archive.files)}; write it "
-                "by np.savez(path, x=rows)."
+                f"Expected `path` to hold the rows under the key 'x', but {file} holds {sorted(archive.files)}; write "
+                "it by numpy.savez(path, x=rows)."
             )
-        found = {}
-        for key in {"x", "y", "image_shape"} & set(archive.files):
-            try:
-                found[key] = archive[key]
-            except (ValueError, OSError, EOFError, BadZipFile) as error:
-                raise ValueError(
-                    f"Expected `{key}` of {file} to hold numbers, but it can't be read as such: {error}"
-                ) from error
-        return found
+        return {key: _member(archive, key, file) for key in ("x", "y", "image_shape") if key in archive.files}
+
+
+def _member(archive: Mapping[str, NDArray[Any]], key: str, file: Path) -> NDArray[Any]:
+    """Return one array of an archive, or raise."""
+    try:
+        return archive[key]
+    except (ValueError, OSError, EOFError, BadZipFile) as error:
+        raise ValueError(f"Expected `{key}` of {file} to hold numbers, but it can't be read: {error}") from error
 
 
 def _read_shards(folder: Path) -> tuple[list[NDArray[Any]], Tensor | None]:

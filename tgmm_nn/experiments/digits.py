@@ -28,8 +28,9 @@ class DigitsDataModule(RowsDataModule):
     """
 
     def __init__(self, batch_size: int = 256, n_neighbors: int = 5, num_workers: int = 0) -> None:
-        how = {"batch_size": batch_size, "n_neighbors": n_neighbors, "num_workers": num_workers}
-        super().__init__(*_digits(), IMAGE_SHAPE, **how)
+        super().__init__(
+            *_digits(), IMAGE_SHAPE, batch_size=batch_size, n_neighbors=n_neighbors, num_workers=num_workers
+        )
 
 
 class LabelledDigitsDataModule(RowsDataModule):

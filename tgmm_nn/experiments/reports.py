@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import torch
 from sklearn.cluster import KMeans
@@ -86,7 +87,13 @@ def clustering_report(
     if x is not z:
         methods[f"k-means on {rows}"] = _kmeans(x, k, seed)
     if x is not z and x.shape[1] <= MOST_FEATURES:
-        how = {"n_init": 10, "reg_covar": 1e-2, "max_iter": 500, "random_state": seed, "dtype": torch.float64}
+        how: dict[str, Any] = {
+            "n_init": 10,
+            "reg_covar": 1e-2,
+            "max_iter": 500,
+            "random_state": seed,
+            "dtype": torch.float64,
+        }
         methods[f"full mixture on {rows} (reg_covar=0.01)"] = GaussianMixture(k, x.shape[1], **how).fit_predict(x)
     _draw(gmm, z, x, y, image_shape, folder)
     return [{"method": name, **clustering_scores(clusters, y)} for name, clusters in methods.items()]

@@ -117,7 +117,11 @@ class RowsDataModule(lightning.LightningDataModule):
         self.rows, self.labels, self.n_features = rows, labels, rows.n_features
         self.image_shape = None if image_shape is None else (int(image_shape[0]), int(image_shape[1]))
         found = None if labels is None else int(labels.max()) + 1
-        check_integer("n_classes", n_classes, maximum=found, optional=True)
+        check_integer("n_classes", n_classes, optional=True)
+        if found is not None and n_classes is not None and n_classes > found:
+            raise ValueError(
+                f"Expected `n_classes` to be at most {found}, the classes of {rows.source}, but got {n_classes}."
+            )
         if test_size is not None:
             check_number("test_size", test_size)
             check_share("test_size", float(test_size))
