@@ -109,8 +109,8 @@ class OutlierDetection(_DensityHead):
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, RowsDataModule) and not len(data.unknown):
             raise ValueError(
-                f"Expected `n_classes` below the number of classes of {data.rows.source}, so that rows of the others can be "
-                f"told apart, but got {data.n_classes}; set data.n_classes."
+                f"Expected `n_classes` below the classes of {data.rows.source}, so that rows of the others can "
+                f"be told apart, but got {data.n_classes}; set data.n_classes."
             )
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
