@@ -49,7 +49,7 @@ def clustering_report(
     """
     k = gmm.n_components
     pixel_mixture = GaussianMixture(
-        k, x.shape[1], n_init=10, reg_covar=1e-2, max_iter=500, random_state=seed, dtype=torch.float64
+        k, x.shape[1], n_init=gmm.n_init, reg_covar=1e-2, max_iter=500, random_state=seed, dtype=torch.float64
     )
     methods = {
         f"mixture carried through training ({gmm.covariance_type})": gmm.predict(z),
