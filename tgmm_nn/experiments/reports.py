@@ -88,7 +88,7 @@ def clustering_report(
         methods[f"k-means on {rows}"] = _kmeans(x, k, seed)
     if x is not z and x.shape[1] <= MOST_FEATURES:
         how: dict[str, Any] = {
-            "n_init": 10,
+            "n_init": gmm.n_init,
             "reg_covar": 1e-2,
             "max_iter": 500,
             "random_state": seed,
