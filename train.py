@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 from threadpoolctl import threadpool_limits
 
+from tgmm_nn.experiments.evaluation import evaluate
 from tgmm_nn.experiments.options import build, build_named, check_keys, check_values, explain, printable
 from tgmm_nn.experiments.reports import Row, format_table
 from tgmm_nn.experiments.running import check_launcher, contents, discard, fit, open_folder, write_results
@@ -40,6 +41,8 @@ def train(cfg: DictConfig) -> list[Row]:
         threadpool_limits(cfg.num_threads)  # scikit-learn's and NumPy's
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     data = build(cfg.data)
+    if not cfg.train:
+        return evaluate(cfg, data, HydraConfig.get().overrides.task)
     cfg.inputs = data.inputs()
     model = build(cfg.model)
     others = {f"callbacks.{name}": node for name, node in cfg.callbacks.items()}

@@ -15,7 +15,7 @@ from hydra.errors import HydraException, InstantiationException, MissingConfigEx
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tgmm_nn.checks import check_integer
+from tgmm_nn.checks import check_bool, check_integer
 
 __all__ = ["build", "build_named", "check_keys", "check_values", "explain", "printable"]
 
@@ -55,6 +55,7 @@ def check_values(cfg: DictConfig) -> None:
     """Raise if a value that no constructor of ours checks has the wrong type, or if a checkpoint cannot be read."""
     check_integer("seed", cfg.seed, minimum=0, maximum=2**32 - 1)
     check_integer("num_threads", cfg.num_threads, optional=True)
+    check_bool("train", cfg.train)
     check_integer("trainer.max_epochs", cfg.trainer.max_epochs, minimum=-1)
     if cfg.ckpt_path is None:
         return

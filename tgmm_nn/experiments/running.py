@@ -28,6 +28,8 @@ CONTENTS = (
     ("components.png", "mean image of each component"),
     ("outliers.png", "outlier scores, and features"),
     ("classes.png", "features, and predicted class × class"),
+    ("assignments.csv", "component of each row, and its probability"),
+    ("log_density.csv", "log-density of each row in nats, and whether it is an outlier"),
     ("checkpoints/*.ckpt", "resumes by ckpt_path=FILE"),
     ("hparams.yaml", "for the logger"),
     ("tensorboard/*", "for `tensorboard --logdir`"),
