@@ -1,0 +1,274 @@
+"""Rows and the components of a mixture among them: in their plane or, of one feature, along their line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.patches import Ellipse
+from torch import Tensor
+
+from tgmm_nn import checks
+from tgmm_nn.mixture import GaussianMixture
+from tgmm_nn.plotting.figures import add_legend, dots, label, mark, new_axes
+from tgmm_nn.plotting.planes import EMPTY, Plane, check_fitted, limits_of, principal_plane, to_labels, to_rows
+
+__all__ = ["plot_latent", "plot_samples"]
+
+MOST_NAMES = 32
+
+
+def plot_latent(
+    gmm: GaussianMixture,
+    x: Any,
+    labels: Any = None,
+    *,
+    n_std: Sequence[float] = (1.0, 2.0),
+    names: Mapping[int, str] | None = None,
+    plane: Plane | None = None,
+    limits: Tensor | None = None,
+    title: str = "",
+    ax: Axes | None = None,
+) -> Axes:
+    r"""Scatter rows in a plane, with each component's ellipses; of one feature, draw their histogram and densities.
+
+    A component projects to :math:`N(V^\top (\mu - m), V^\top \Sigma V)`: its ellipses are the curves of equal density
+    of that at ``n_std`` standard deviations, and its number stands at its mean, or beside it on a thread where numbers
+    would overlap. Rows have a colour and a marker for each label. A component of less than a hundredth of an equal
+    weight is drawn dotted and in grey, without bounds to the picture, and called empty. A mixture that is not fitted
+    shows no ellipses, and the title says so.
+
+    Args:
+        gmm: Mixture of d features.
+        x: Finite rows, shape ``(n, d)``.
+        labels: Integer of each row, shape ``(n,)``, which colours it; None takes the most probable component.
+        n_std: Radii of the ellipses in standard deviations. Two standard deviations hold 86 % of a Gaussian in the
+            plane, and 95 % along a line.
+        names: What the legend calls a label, where that is not its number.
+        plane: Where to draw; None takes the principal plane of ``x``.
+        limits: Smallest and largest coordinates that are shown, shape ``(2, 2)``; None shows all rows. Of one feature
+            only the first column is used.
+        title: Title of the axes.
+        ax: Axes to draw into; None makes new ones.
+
+    Returns:
+        The axes.
+
+    Raises:
+        TypeError: If ``gmm`` is no mixture, or ``x`` or ``labels`` hold something else than numbers and integers.
+        ValueError: If shapes do not fit, ``x`` is not finite, or a radius is not above 0.
+
+    Example:
+        >>> x = torch.cat([torch.randn(100, 3), torch.randn(100, 3) + 6])
+        >>> ax = plot_latent(GaussianMixture(2, 3, random_state=0).fit(x), x, title="two clusters")
+        >>> ax.get_title(), len(ax.patches)
+        ('two clusters', 4)
+    """
+    if not isinstance(gmm, GaussianMixture):
+        raise TypeError(f"Expected `gmm` to be a GaussianMixture, but got {type(gmm).__name__}.")
+    for radius in n_std:
+        checks.check_number("n_std", radius, strict=True)
+    x, ax = to_rows(x, gmm.n_features), ax or new_axes()[0]
+    own_colors = labels is None
+    if not own_colors:
+        labels = to_labels(labels, len(x))
+    elif gmm.fitted_:
+        labels = gmm.predict(x).cpu()
+    plane = plane or principal_plane(x)
+    flat = plane.project_mixture(gmm) if gmm.fitted_ else None
+    points = plane.project(x)
+    limits = limits_of(points, flat, max(n_std, default=0.0)) if limits is None else limits
+    if gmm.n_features == 1:
+        _draw_line(ax, points[:, 0], None if own_colors else labels, names or {}, flat, limits)
+    else:
+        draw_points(ax, points, labels)
+        if flat is not None:
+            _draw_components(ax, flat, n_std, limits, own_colors=own_colors)
+        frame(ax, limits)
+        if not own_colors:
+            _explain(ax, labels, names or {})
+    ylabel = plane.names[1] if gmm.n_features > 1 else "density"
+    label(ax, title + ("" if flat is not None else " (mixture not started)"), plane.names[0], ylabel)
+    return ax
+
+
+def plot_samples(
+    gmm: GaussianMixture,
+    x: Any,
+    n_samples: int | None = None,
+    *,
+    seed: int = 0,
+    plane: Plane | None = None,
+    axes: Sequence[Axes] | None = None,
+) -> list[Axes]:
+    """Draw rows and, in axes of the same plane and limits, as many samples of the mixture: do they look alike?
+
+    Args:
+        gmm: Fitted mixture of d features.
+        x: Finite rows, shape ``(n, d)``.
+        n_samples: Number of samples; None takes that of the rows.
+        seed: Seed of the samples; the layer's own stream is not advanced.
+        plane: Where to draw; None takes the principal plane of ``x``.
+        axes: Two axes; None makes new ones.
+
+    Returns:
+        The two axes.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If shapes do not fit, or ``axes`` are not two.
+        RuntimeError: If ``gmm`` is not fitted.
+
+    Example:
+        >>> x = torch.randn(50, 2)
+        >>> rows, samples = plot_samples(GaussianMixture(1, 2).fit(x), x)
+        >>> rows.get_title(), samples.get_xlim() == rows.get_xlim()
+        ('50 rows of the data', True)
+    """
+    check_fitted(gmm)
+    x = to_rows(x, gmm.n_features)
+    n_samples = len(x) if n_samples is None else n_samples
+    checks.check_integer("n_samples", n_samples)
+    axes = list(new_axes(1, 2) if axes is None else axes)
+    if len(axes) != 2:
+        raise ValueError(f"Expected `axes` to be two, for rows and for samples, but got {len(axes)}.")
+    plane = plane or principal_plane(x)
+    generator = torch.Generator(gmm.means_.device).manual_seed(seed)
+    samples, components = gmm.sample(n_samples, generator=generator)
+    limits = limits_of(torch.cat([plane.project(x), plane.project(samples)]), None, 0.0)
+    plot_latent(gmm, x, n_std=(), plane=plane, limits=limits, title=f"{len(x):,} rows of the data", ax=axes[0])
+    title = f"{n_samples:,} samples of the mixture"
+    own = components if gmm.n_features > 1 else None
+    plot_latent(gmm, samples, own, n_std=(), plane=plane, limits=limits, title=title, ax=axes[1])
+    return axes
+
+
+def draw_points(ax: Axes, points: Tensor, labels: Tensor | None) -> None:
+    """Scatter points, of each label with its mark; grey ones where there are no labels."""
+    size = min(22.0, max(8.0, 3e4 / len(points)))
+    if labels is None:
+        ax.scatter(points[:, 0], points[:, 1], s=size / 2, alpha=0.5, linewidths=0, c="0.5")
+        return
+    for value in labels.unique().tolist():
+        of = points[labels == value]
+        ax.scatter(of[:, 0], of[:, 1], s=size, alpha=0.55, linewidths=0, c=mark(value).color, marker=mark(value).marker)
+
+
+def frame(ax: Axes, limits: Tensor) -> None:
+    """Show a part of the plane, as long as it is wide in the same units."""
+    (left, bottom), (right, top) = limits.tolist()
+    ax.set(xlim=(left, right), ylim=(bottom, top))
+    ax.set_aspect("equal", adjustable="datalim" if right - left < 1e-9 else "box")
+
+
+def number_components(ax: Axes, flat: GaussianMixture, anchors: Tensor, gap: tuple[float, float]) -> None:
+    """Write each component's number at its place, or beside it on a thread where two would overlap."""
+    scale = torch.tensor(gap, dtype=anchors.dtype)
+    places = spread(anchors / scale) * scale
+    empty = flat.weights_ * flat.n_components < EMPTY
+    for k, (place, anchor) in enumerate(zip(places.tolist(), anchors.tolist(), strict=True)):
+        text = f"{k} (empty)" if empty[k] else str(k)
+        box = {"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.8}
+        thread = {"arrowstyle": "-", "lw": 0.9, "color": "black", "shrinkA": 0, "shrinkB": 0}
+        moved = math.dist(place, anchor) > 1e-6 * math.hypot(*gap)
+        ax.annotate(
+            text, anchor, place, ha="center", va="center", weight="bold", bbox=box, zorder=5,
+            fontsize=11, color="0.45" if empty[k] else "black", arrowprops=thread if moved else None,
+        )  # fmt: skip
+
+
+def spread(places: Tensor, most: int = 300) -> Tensor:
+    """Push places apart until no two of them are closer than 1; those with room stay where they are.
+
+    Example:
+        >>> spread(torch.tensor([[0.0, 0.0], [0.0, 0.0], [5.0, 0.0]])).round(decimals=1).abs()
+        tensor([[0.5000, 0.0000],
+                [0.5000, 0.0000],
+                [5.0000, 0.0000]])
+    """
+    angle = torch.arange(len(places)) * math.pi  # where two are the same, they part by their numbers
+    unit = torch.stack([angle.cos(), 0.7 * torch.arange(len(places)).fmod(3.0) * angle.cos()], -1).to(places)
+    for _ in range(most):
+        away = places[:, None] - places
+        same = away.norm(dim=-1) < 1e-9
+        away = torch.where(same[..., None], 1e-3 * (unit[:, None] - unit), away)
+        distance = away.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        missing = (1.0 - distance).clamp(min=0.0)
+        missing.diagonal()[:] = 0.0
+        if float(missing.max()) < 1e-3:
+            break
+        places = places + (0.51 * missing * away / distance).sum(1)
+    return places
+
+
+def _draw_components(
+    ax: Axes, flat: GaussianMixture, n_std: Sequence[float], limits: Tensor, *, own_colors: bool
+) -> None:
+    """Add each component's ellipses and number, in the colour of its rows or in black."""
+    empty = flat.weights_ * flat.n_components < EMPTY
+    for k, centre in enumerate(flat.means_.tolist()):
+        color, line = (mark(k).color, mark(k).line) if own_colors else ("black", "-")
+        for radius in n_std:
+            ellipse = _ellipse(centre, flat.covariances_[k], radius)
+            ellipse.set(ec="0.5" if empty[k] else color, ls=":" if empty[k] else line, zorder=4)
+            ax.add_patch(ellipse)
+    if n_std:
+        span = float((limits[1] - limits[0]).max())
+        number_components(ax, flat, flat.means_, (0.062 * span, 0.05 * span))
+
+
+def _ellipse(centre: Sequence[float], covariance: Tensor, radius: float) -> Ellipse:
+    """Return the curve of Mahalanobis distance ``radius`` about ``centre``; the wider, the thinner drawn."""
+    variances, directions = torch.linalg.eigh(covariance)
+    width, height = (2.0 * radius * variances.clamp(min=0).sqrt()).tolist()
+    angle = float(torch.rad2deg(torch.atan2(directions[1, 0], directions[0, 0])))
+    x, y = centre
+    return Ellipse((x, y), width, height, angle=angle, fill=False, lw=1.8 / max(1.0, radius) ** 0.5)
+
+
+def _explain(ax: Axes, labels: Tensor, names: Mapping[int, str]) -> None:
+    """Add a legend of the labels, where there are not too many to tell apart."""
+    values = labels.unique().tolist()
+    if len(values) <= MOST_NAMES:
+        add_legend(ax, dots(values, names), title=None if names else "class")
+
+
+def _draw_line(
+    ax: Axes,
+    points: Tensor,
+    labels: Tensor | None,
+    names: Mapping[int, str],
+    flat: GaussianMixture | None,
+    limits: Tensor,
+) -> None:
+    """Draw the histogram of one feature, by labels where there are some, and the density with its components."""
+    low, high = limits[:, 0].tolist()
+    values = [0] if labels is None else labels.unique().tolist()
+    parts = [points if labels is None else points[labels == value] for value in values]
+    colors = ["0.85"] if labels is None else [mark(value).color for value in values]
+    called = ["rows"] if labels is None else [names.get(value, f"class {value}") for value in values]
+    bins, data = torch.linspace(low, high, 51).tolist(), [part.numpy() for part in parts]
+    ax.hist(data, bins, density=True, stacked=True, color=colors, alpha=0.6, label=called)
+    for value, group in zip(values, ax.containers, strict=True):
+        for bar in group.get_children():
+            bar.set(hatch="" if labels is None else mark(value).hatch, ec="white", lw=0.0)
+    if flat is not None:
+        _draw_densities(ax, flat, low, high)
+    ax.set(xlim=(low, high))
+    add_legend(ax)
+
+
+def _draw_densities(ax: Axes, flat: GaussianMixture, low: float, high: float) -> None:
+    """Draw the density of a mixture of one feature, and what each of its components adds to it."""
+    grid = torch.linspace(low, high, 500, dtype=torch.float64)[:, None]
+    for k, values in enumerate(flat.log_joint(grid).exp().mT):
+        ax.plot(grid[:, 0], values, color=mark(k).color, ls=mark(k).line, lw=1.6)
+    density = flat(grid).exp()
+    ax.plot(grid[:, 0], density, color="black", lw=2.2, label="mixture")
+    peaks = flat.log_joint(flat.means_).exp().diagonal()
+    anchors = torch.stack([flat.means_[:, 0].clamp(low, high), peaks], -1)
+    top = max(float(density.max()), ax.get_ylim()[1])
+    number_components(ax, flat, anchors, (0.06 * (high - low), 0.05 * top))
