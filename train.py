@@ -56,7 +56,8 @@ def train(cfg: DictConfig) -> list[Row]:
         open_folder(folder, printable(cfg))
         print(printable(cfg), flush=True)
 
-    fit(trainer, model, data, cfg.ckpt_path)
+    if isinstance(model, lightning.LightningModule):  # a choice among mixtures has nothing to train
+        fit(trainer, model, data, cfg.ckpt_path)
     if not trainer.is_global_zero:
         return []
 

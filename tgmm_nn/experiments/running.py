@@ -28,6 +28,8 @@ CONTENTS = (
     ("components.png", "mean image of each component"),
     ("outliers.png", "outlier scores, and features"),
     ("classes.png", "features, and predicted class × class"),
+    ("criterion.csv", "the criterion of each fit"),
+    ("criterion.png", "the criterion over the number of components"),
     ("assignments.csv", "component of each row, and its probability"),
     ("log_density.csv", "log-density of each row in nats, and whether it is an outlier"),
     ("checkpoints/*.ckpt", "resumes by ckpt_path=FILE"),
