@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from sklearn.decomposition import PCA
@@ -161,7 +161,7 @@ class ComponentChoice:
         ]
 
     def _mixture(self, n_components: int, n_features: int, family: str, seed: int) -> GaussianMixture:
-        given = {"n_components": n_components, "n_features": n_features, "covariance_type": family}
+        given: dict[str, Any] = {"n_components": n_components, "n_features": n_features, "covariance_type": family}
         return GaussianMixture(**{**self.gmm.options(), **given, "random_state": seed, "dtype": self.gmm.means_.dtype})
 
     def _parts(self, x: Tensor, seed: int) -> tuple[Tensor, Tensor]:

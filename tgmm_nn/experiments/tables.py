@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -90,7 +91,7 @@ class Table:
             if bad:
                 raise ValueError(
                     f"Expected `x` of {self.source} to be finite, but {len(bad)} of {len(self)} rows hold nan or "
-                    f"infinity, the first is row {bad[0]}; drop or impute them."
+                    f"infinity, the first is row {self._named(bad[0])}; drop or impute them."
                 )
             mean = sums / len(self)
             variance = np.maximum(squares / len(self) - np.square(mean), 0.0)
@@ -99,6 +100,13 @@ class Table:
     def chunks(self, size: int) -> Iterator[Tensor]:
         """Give all rows in their order, ``size`` at a time."""
         return (self[start : start + size] for start in range(0, len(self), size))
+
+    def _named(self, place: int) -> str:
+        """Return a row's place, in its own file where there are several."""
+        number = int(np.searchsorted(self._ends, place, side="right"))
+        part = self.parts[number]
+        file = getattr(part, "filename", None)
+        return str(place) if file is None else f"{place - (self._ends[number] - len(part))} of {Path(file).name}"
 
     def _read(self, places: NDArray[np.int64]) -> NDArray[np.float64]:
         rows = np.empty((len(places), self.n_features))
