@@ -17,23 +17,26 @@ def blobs(generator):
     return centres.repeat(100, 1) + torch.randn(400, 3, generator=generator)
 
 
+HOW = {"n_init": 3, "max_iter": 300, "reg_covar": 1e-3, "reg_covar_relative": True}
+
+
 def make(**options):
-    return ComponentChoice(GaussianMixture(1, 2, n_init=3, max_iter=300), candidates=[2, 3, 4, 5, 7], **options)
+    return ComponentChoice(GaussianMixture(1, 2, **HOW), candidates=[2, 3, 4, 5, 7], **options)
 
 
 @pytest.mark.parametrize("criterion", ["bic", "icl", "heldout"])
-@pytest.mark.parametrize("families", [["full"], ["spherical", "tied_full", "diag"]])
+@pytest.mark.parametrize("families", [["full"], ["diag", "full"]])
 def test_each_criterion_finds_four_components_where_there_are_four(blobs, criterion, families):
-    choice = make(criterion=criterion, families=families, n_seeds=2)
+    choice = make(criterion=criterion, families=families, n_seeds=3)
     trials = choice.trials(blobs, seed=0)
-    assert len(trials) == len(families) * 5 * 2
+    assert len(trials) == len(families) * 5 * 3
     assert choice.best(trials).n_components == 4
 
 
 @pytest.mark.parametrize("criterion", ["bic", "icl"])
 def test_the_values_are_those_of_the_mixture_itself(blobs, criterion):
     trial = make(criterion=criterion, n_seeds=1).trials(blobs, seed=5)[2]
-    gmm = GaussianMixture(4, 3, n_init=3, max_iter=300, random_state=5).fit(blobs)
+    gmm = GaussianMixture(4, 3, random_state=5, **HOW).fit(blobs)
     assert trial[:3] == ("full", 4, 5)
     assert trial.value == pytest.approx(getattr(gmm, criterion)(blobs), rel=1e-6)
 

@@ -50,7 +50,8 @@ class ComponentChoice:
     | ``"heldout"``: mean log p(x) in nats | rows held out, others with each seed | the mean counts | largest |
 
     Rows are projected to their first principal components where there are more features than ``n_principal``: densities
-    of many features need more rows than most data have.
+    of many features need more rows than most data have. Where a curve is flat, held-out rows decide by chance: look at
+    the picture.
 
     Args:
         gmm: Gives the options of the mixtures but for size, family and seed: restarts, priors, regularisation.
