@@ -21,21 +21,23 @@ HOW = {"n_init": 3, "max_iter": 300, "reg_covar": 1e-3, "reg_covar_relative": Tr
 
 
 def make(**options):
-    return ComponentChoice(GaussianMixture(1, 2, **HOW), candidates=[2, 3, 4, 5, 7], **options)
+    return ComponentChoice(GaussianMixture(1, 2, **HOW), candidates=[3, 4, 5, 7], **options)
 
 
-@pytest.mark.parametrize("criterion", ["bic", "icl", "heldout"])
-@pytest.mark.parametrize("families", [["full"], ["diag", "full"]])
+@pytest.mark.parametrize(
+    ("criterion", "families"),
+    [("bic", ["full"]), ("icl", ["full"]), ("heldout", ["full"]), ("bic", ["diag", "tied_full"])],
+)
 def test_each_criterion_finds_four_components_where_there_are_four(blobs, criterion, families):
     choice = make(criterion=criterion, families=families, n_seeds=3)
     trials = choice.trials(blobs, seed=0)
-    assert len(trials) == len(families) * 5 * 3
+    assert len(trials) == len(families) * 4 * 3
     assert choice.best(trials).n_components == 4
 
 
 @pytest.mark.parametrize("criterion", ["bic", "icl"])
 def test_the_values_are_those_of_the_mixture_itself(blobs, criterion):
-    trial = make(criterion=criterion, n_seeds=1).trials(blobs, seed=5)[2]
+    trial = make(criterion=criterion, n_seeds=1).trials(blobs, seed=5)[1]
     gmm = GaussianMixture(4, 3, random_state=5, **HOW).fit(blobs)
     assert trial[:3] == ("full", 4, 5)
     assert trial.value == pytest.approx(getattr(gmm, criterion)(blobs), rel=1e-6)
@@ -72,7 +74,7 @@ def test_a_report_writes_every_fit_draws_a_panel_for_each_family_and_marks_the_b
     assert rows[1]["bic"] < rows[0]["bic"]
     with (tmp_path / "criterion.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
-    assert len(table) == 10
+    assert len(table) == 8
     assert min(table, key=lambda row: float(row["bic"]))["family"] == "spherical"
     assert {row["converged"] for row in table} == {"1"}
     assert (tmp_path / "criterion.png").stat().st_size > 5000

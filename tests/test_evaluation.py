@@ -1,3 +1,4 @@
+# ruff: noqa: F811  # a fixture that is imported
 """Runs of ``train.py`` on a user's arrays, and of ``train=false``: against the checkpoint's own mixture."""
 
 import csv
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
-from test_train import _clean_state, pytestmark, train  # noqa: F401
+from test_train import _clean_state, pytestmark, train  # noqa: F401  # fixtures
 
 from tgmm_nn import GaussianMixture
 from tgmm_nn.experiments.arrays import NpzDataModule
@@ -83,7 +84,7 @@ def test_given_embeddings_get_one_exact_step_of_em_in_each_epoch(mode, files):
     torch.testing.assert_close(model.gmm.weights_, alone.weights_, rtol=1e-4, atol=1e-5)
 
 
-def test_embeddings_are_clustered_by_one_short_command_and_new_ones_scored(train, files, capsys):  # noqa: F811
+def test_embeddings_are_clustered_by_one_short_command_and_new_ones_scored(train, files, capsys):
     folder = train("experiment=embeddings", f"data.path={files / 'labelled.npz'}", "gmm.n_components=4", QUIET)
     assert float(table(folder / "results.csv")[0]["accuracy"]) == 1.0
 
@@ -95,10 +96,11 @@ def test_embeddings_are_clustered_by_one_short_command_and_new_ones_scored(train
 
     gmm = mixture_of(folder, n_components=4, n_features=5)
     x, y = blobs(90, seed=1)
+    x = NpzDataModule(str(files / "labelled.npz")).rows.scaling(x)  # as the rows of the training
     assignments, densities = table(scored / "assignments.csv"), table(scored / "log_density.csv")
     assert list(assignments[0]) == ["row", "component", "probability", "label"]
     assert column(assignments, "row").tolist() == column(densities, "row").tolist() == list(range(90))
-    assert column(assignments, "component").tolist() == gmm.predict(x.astype("float32")).tolist()
+    assert column(assignments, "component").tolist() == gmm.predict(x).tolist()
     np.testing.assert_allclose(column(assignments, "probability"), gmm.predict_proba(x).amax(-1), atol=1e-5)
     assert column(assignments, "label").tolist() == y.tolist()
     np.testing.assert_allclose(column(densities, "log_density"), gmm(x), rtol=1e-4)
@@ -121,8 +123,10 @@ def test_embeddings_are_clustered_by_one_short_command_and_new_ones_scored(train
     assert (again / "assignments.csv").read_text() == (scored / "assignments.csv").read_text()
 
 
-def test_rows_far_from_the_mixture_are_outliers_and_five_percent_of_its_own(train, files):  # noqa: F811
-    folder = train("experiment=embeddings", f"data.path={files / 'bare.npz'}", "gmm.n_components=4", QUIET)
+def test_rows_far_from_the_mixture_are_outliers_and_five_percent_of_its_own(train, files):
+    folder = train(
+        "experiment=embeddings", f"data.path={files / 'bare.npz'}", "data.scale=null", "gmm.n_components=4", QUIET
+    )
     gmm = mixture_of(folder, n_components=4, n_features=5)
     own, _ = gmm.sample(3000, generator=torch.Generator().manual_seed(3))
     np.savez(files / "both.npz", x=np.concatenate([own.numpy(), own.numpy()[:100] + 1e4]))
@@ -136,7 +140,7 @@ def test_rows_far_from_the_mixture_are_outliers_and_five_percent_of_its_own(trai
     assert "accuracy" not in row
 
 
-def test_the_identity_runs_beside_another_experiment_and_takes_the_width_of_the_rows(train, files):  # noqa: F811
+def test_the_identity_runs_beside_another_experiment_and_takes_the_width_of_the_rows(train, files):
     folder = train("model=identity", "data=npz", f"data.path={files / 'labelled.npz'}", *SHORT)
     assert float(table(folder / "results.csv")[0]["nmi"]) > 0.5
     assert [row["method"] for row in table(folder / "results.csv")][1:] == ["k-means on the embeddings"]
@@ -175,7 +179,7 @@ def test_an_experiment_runs_on_rows_of_another_width_with_and_without_labels(
     assert "train/negative_log_likelihood" in logged
 
 
-def test_images_of_another_size_are_augmented_as_images_and_drawn(train, files):  # noqa: F811
+def test_images_of_another_size_are_augmented_as_images_and_drawn(train, files):
     images = np.random.default_rng(0).integers(0, 256, size=(60, 5, 4)).astype("uint8")
     np.savez(files / "images.npz", x=images, image_shape=(5, 4))
     folder = train("data=npz", f"data.path={files / 'images.npz'}", *SHORT, "gmm.n_components=3")
@@ -183,21 +187,21 @@ def test_images_of_another_size_are_augmented_as_images_and_drawn(train, files):
     assert "k-means on pixels" in (folder / "results.csv").read_text()
 
 
-def test_a_checkpoint_scales_new_rows_as_those_that_it_was_trained_on(train, files):  # noqa: F811
+def test_a_checkpoint_scales_new_rows_as_those_that_it_was_trained_on(train, files):
     """The oracle: the first rows of the training, given alone, get the embeddings that they had among all."""
     x, _ = blobs(200)
     np.savez(files / "few.npz", x=x[:6])
     folder = train("data=npz", f"data.path={files / 'bare.npz'}", *KEEP, "gmm.n_components=4")
     ckpt = f"ckpt_path={folder / 'checkpoints' / 'last.ckpt'}"
     scored = [
-        train("train=false", ckpt, "data=npz", f"data.path={files / name}", folder=name)
+        train("train=false", ckpt, "data=npz", f"data.path={files / name}.npz", folder=name)
         for name in ("few.npz", "bare.npz")
     ]
     few, many = (column(table(run / "log_density.csv"), "log_density") for run in scored)
     np.testing.assert_allclose(few, many[:6], rtol=1e-5)
 
 
-def test_a_generative_classifier_holds_rows_out_and_scores_new_ones_by_class(train, files):  # noqa: F811
+def test_a_generative_classifier_holds_rows_out_and_scores_new_ones_by_class(train, files):
     classifier = "experiment=digits_generative_classifier"
     path = f"data.path={files / 'labelled.npz'}"
     folder = train(classifier, "data=npz", path, QUIET, "trainer.max_epochs=4", "callbacks.interrupt=null")
@@ -213,17 +217,17 @@ def test_a_generative_classifier_holds_rows_out_and_scores_new_ones_by_class(tra
         train(classifier, "data=npz", f"data.path={files / 'bare.npz'}", *SHORT, folder="unlabelled")
 
 
-def test_outliers_need_classes_that_are_not_known_and_rows_that_are_held_out(train, files):  # noqa: F811
+def test_outliers_need_classes_that_are_not_known_and_rows_that_are_held_out(train, files):
     ood = ["experiment=digits_ood", "data=npz", f"data.path={files / 'labelled.npz'}", QUIET, "trainer.max_epochs=2"]
-    with pytest.raises(SystemExit, match="`n_classes` below the classes of .*labelled.npz"):
+    with pytest.raises(SystemExit, match=r"`n_classes` below the classes of .*labelled.npz"):
         train(*ood, "data.n_classes=4")
-    with pytest.raises(SystemExit, match="`test_size`, the share of .*labelled.npz to hold out"):
+    with pytest.raises(SystemExit, match=r"`test_size`, the share of .*labelled.npz to hold out"):
         train(*ood, "data.n_classes=3", "data.test_size=null")
     folder = train(*ood, "data.n_classes=3")
     assert len(table(folder / "results.csv")) == 8
 
 
-def test_the_number_of_components_is_chosen_for_own_rows(train, files, capsys):  # noqa: F811
+def test_the_number_of_components_is_chosen_for_own_rows(train, files, capsys):
     folder = train(
         "experiment=choose_components", "data=npz", f"data.path={files / 'bare.npz'}", "model.candidates=[3,4,5]",
         "model.n_seeds=1",
@@ -246,18 +250,18 @@ def test_the_number_of_components_is_chosen_for_own_rows(train, files, capsys): 
         (["data=npz", "data.path=nowhere.npz"], "Expected `path` to be a file that exists, but got 'nowhere.npz'"),
     ],
 )
-def test_what_is_missing_is_said_in_a_sentence(overrides, match, train):  # noqa: F811
+def test_what_is_missing_is_said_in_a_sentence(overrides, match, train):
     with pytest.raises(SystemExit, match=match):
         train(*overrides)
 
 
-def test_fewer_rows_than_components_end_before_training(train, files):  # noqa: F811
+def test_fewer_rows_than_components_end_before_training(train, files):
     for experiment in ("digits_contrastive", "digits_vade", "embeddings"):
         with pytest.raises(SystemExit, match=r"`n_components` of at most the 9 rows of .*wide.npz, but got 10"):
             train(f"experiment={experiment}", "data=npz", f"data.path={files / 'wide.npz'}", QUIET, folder=experiment)
 
 
-def test_a_checkpoint_of_another_model_is_one_message(train, files):  # noqa: F811
+def test_a_checkpoint_of_another_model_is_one_message(train, files):
     embeddings = ["experiment=embeddings", f"data.path={files / 'bare.npz'}", QUIET]
     folder = train(*embeddings, "gmm.n_components=4")
     checkpoint = folder / "checkpoints" / "last.ckpt"
@@ -286,7 +290,7 @@ def test_a_checkpoint_of_another_model_is_one_message(train, files):  # noqa: F8
 
     state = torch.load(checkpoint, weights_only=True)
     torch.save({**state, "NpzDataModule": {}}, alone)
-    refuse(r"a checkpoint of a run, with its model and the scaling of rows, but got", *known)
+    refuse(r"a checkpoint of a run, with the model and the scaling of its rows, but got", *known)
     state["state_dict"]["gmm.fitted"].zero_()
     torch.save(state, alone)
     refuse(r"one whose mixture has been started, but EM had not begun when .*alone.ckpt was saved", *known)
