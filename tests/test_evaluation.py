@@ -193,10 +193,8 @@ def test_a_checkpoint_scales_new_rows_as_those_that_it_was_trained_on(train, fil
     np.savez(files / "few.npz", x=x[:6])
     folder = train("data=npz", f"data.path={files / 'bare.npz'}", *KEEP, "gmm.n_components=4")
     ckpt = f"ckpt_path={folder / 'checkpoints' / 'last.ckpt'}"
-    scored = [
-        train("train=false", ckpt, "data=npz", f"data.path={files / name}.npz", folder=name)
-        for name in ("few.npz", "bare.npz")
-    ]
+    rows = ["train=false", ckpt, "data=npz"]
+    scored = [train(*rows, f"data.path={files / name}.npz", folder=f"of_{name}") for name in ("few", "bare")]
     few, many = (column(table(run / "log_density.csv"), "log_density") for run in scored)
     np.testing.assert_allclose(few, many[:6], rtol=1e-5)
 
