@@ -17,7 +17,7 @@ pytestmark = QUIET
 
 LOGGED = {
     "log_likelihood", "entropy", "effective_components", "smallest_weight", "condition_number", "moved", "births",
-    "deaths", "reseeded",
+    "deaths", "reseeded", "started",
 }  # fmt: skip
 
 

@@ -9,9 +9,10 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from tgmm_nn import GaussianMixture
 from tgmm_nn.experiments.contrastive import ContrastiveClustering, Encoder, RandomAffine, Rescale, nt_xent
 from tgmm_nn.experiments.digits import DigitsDataModule, LabelledDigitsDataModule
+from tgmm_nn.experiments.drawing import plot_metrics
 from tgmm_nn.experiments.heads import GenerativeClassifier, OutlierDetection, energy, softmax_score
 from tgmm_nn.experiments.networks import Perceptron
-from tgmm_nn.experiments.reports import clustering_scores, format_table, plot_metrics
+from tgmm_nn.experiments.reports import clustering_scores, format_table
 from tgmm_nn.experiments.rows import NeighbourPairs
 from tgmm_nn.experiments.vade import VariationalClustering, evidence_lower_bound
 

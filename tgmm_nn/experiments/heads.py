@@ -13,12 +13,13 @@ from torch.nn import functional as F
 
 from tgmm_nn.checks import check_number
 from tgmm_nn.classifier import MixtureClassifier
+from tgmm_nn.experiments.drawing import draw_components, draw_contingency, draw_density, draw_latent, draw_samples
 from tgmm_nn.experiments.reports import Row
 from tgmm_nn.experiments.rows import RowsDataModule
 from tgmm_nn.metrics import Contingency, detection_scores
 from tgmm_nn.mixture import GaussianMixture
 from tgmm_nn.outliers import OutlierScore
-from tgmm_nn.plotting import new_axes, plot_contingency, plot_latent, plot_scores, save
+from tgmm_nn.plotting import plot_contingency, plot_scores, save
 
 __all__ = ["GenerativeClassifier", "OutlierDetection", "energy", "softmax_score"]
 
@@ -153,20 +154,35 @@ class OutlierDetection(_DensityHead):
                 of_pixels,
             ),
         }
-        self._draw(own.calibrate(test), test, unknown, y_test, folder)
+        self._draw(own.calibrate(test), test, unknown, data, folder, seed)
         return [
             {"method": name, **detection_scores(inside, outside), "accuracy": right}
             for name, (inside, outside, right) in methods.items()
         ]
 
-    def _draw(self, score: OutlierScore, test: Tensor, unknown: Tensor, y_test: Tensor, folder: Path) -> None:
-        left, right = new_axes(1, 2)
+    def _draw(
+        self,
+        score: OutlierScore,
+        test: Tensor,
+        unknown: Tensor,
+        data: RowsDataModule,
+        folder: Path,
+        seed: int,
+    ) -> None:
+        """Draw scores, the features of known and other classes, and what the decoder makes of the densities."""
+        gmm, other = self.density.mixture, torch.full((len(unknown),), self.density.n_classes)
         groups = {"known classes, held out": score(test), "other classes": score(unknown)}
-        plot_scores(groups, threshold=float(score.threshold), xlabel="-log p(x), nats", ax=left)
-        other = torch.full((len(unknown),), self.density.n_classes, device=test.device)
-        title = f"features; class {self.density.n_classes}: others"
-        plot_latent(self.density.mixture, torch.cat([test, unknown]), torch.cat([y_test, other]), title=title, ax=right)
-        save(right, folder / "outliers.png")
+        title = "Outlier scores: how unlikely the features are"
+        scores = plot_scores(groups, threshold=float(score.threshold), xlabel="−log p(x), nats", title=title)
+        save(scores, folder / "outliers.png")
+        n_classes = self.density.n_classes
+        names = {**{c: f"class {c}" for c in range(n_classes)}, n_classes: "other classes"}
+        z = torch.cat([test, unknown])
+        draw_latent(gmm, z, torch.cat([data.y_test, other]), folder, names)
+        draw_density(gmm, z, folder, score)
+        draw_components(gmm, self.decoder(gmm.means_), data.image_shape, folder, "Decoded mean")
+        draw_samples(gmm, z, folder, seed, data.image_shape, self.decoder)
+        draw_contingency(gmm.predict(test).cpu(), data.y_test, gmm.n_components, folder)
 
 
 class GenerativeClassifier(_DensityHead):
@@ -208,11 +224,7 @@ class GenerativeClassifier(_DensityHead):
         x, y = data.x_test.to(self.device), data.y_test.to(self.device)
         z = self.encoder(x)
         logits = {"mixture for each class": self.density(z), "softmax layer": self.softmax(x)}
-        left, right = new_axes(1, 2)
-        plot_latent(self.density.mixture, z, y, title="held-out features, coloured by class", ax=left)
-        confusion = Contingency(self.density.n_classes, self.density.n_classes).to(self.device)
-        plot_contingency(confusion(self.density.predict(z), y), title="predicted class × class", ax=right)
-        save(right, folder / "classes.png")
+        self._draw(z, data, folder, seed)
         return [
             {
                 "method": name,
@@ -222,3 +234,19 @@ class GenerativeClassifier(_DensityHead):
             }
             for name, values in logits.items()
         ]
+
+    def _draw(self, z: Tensor, data: RowsDataModule, folder: Path, seed: int) -> None:
+        """Draw held-out features, which classes are taken for which, and an image of each component."""
+        gmm, y = self.density.mixture, data.y_test
+        predicted = self.density.predict(z).cpu()
+        confusion = Contingency(self.density.n_classes, self.density.n_classes)(predicted, y)
+        title = f"Held-out rows, {int((predicted == y).sum())} of {len(y)} right"
+        ax = plot_contingency(confusion, ylabel="predicted class", xlabel="true class", title=title)
+        save(ax, folder / "classes.png")
+        draw_latent(gmm, z, y, folder)
+        draw_density(gmm, z, folder)
+        draw_contingency(gmm.predict(z).cpu(), y, gmm.n_components, folder)
+        r, x = gmm.predict_proba(z).cpu(), data.x_test
+        images = r.mT @ x / r.sum(0).clamp(min=1e-12)[:, None]
+        draw_components(gmm, images, data.image_shape, folder, "Mean held-out image")
+        draw_samples(gmm, z, folder, seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,17 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 from torchmetrics.functional.clustering import adjusted_rand_score, normalized_mutual_info_score
 
+from tgmm_nn.experiments.drawing import (
+    draw_components,
+    draw_contingency,
+    draw_density,
+    draw_latent,
+    draw_samples,
+)
 from tgmm_nn.metrics import MatchedAccuracy
 from tgmm_nn.mixture import GaussianMixture
-from tgmm_nn.plotting import new_axes, plot_curves, plot_images, plot_latent, save
 
-__all__ = ["Row", "clustering_report", "clustering_scores", "format_table", "plot_metrics"]
+__all__ = ["Row", "clustering_report", "clustering_scores", "format_table"]
 
 Row = dict[str, str | float]
 
@@ -63,8 +69,9 @@ def clustering_report(
     image_shape: tuple[int, int] | None,
     folder: Path,
     seed: int,
+    decode: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Row]:
-    """Compare a mixture on embeddings with its baselines, and draw the latent space and each component's mean image.
+    """Compare a mixture on embeddings with its baselines, and draw what it found.
 
     Args:
         gmm: Fitted mixture of the embeddings.
@@ -73,7 +80,8 @@ def clustering_report(
         y: Classes, for scoring only, shape ``(N,)``; None where there are none.
         image_shape: Height and width where rows are images.
         folder: Where the pictures go.
-        seed: Seed of the baselines.
+        seed: Seed of the baselines and of samples.
+        decode: Network from embeddings to images, where there is one.
 
     Returns:
         A row for each method with ``method`` and its `clustering_scores`. A full mixture of the rows themselves is
@@ -95,7 +103,7 @@ def clustering_report(
             "dtype": torch.float64,
         }
         methods[f"full mixture on {rows} (reg_covar=0.01)"] = GaussianMixture(k, x.shape[1], **how).fit_predict(x)
-    _draw(gmm, z, x, y, image_shape, folder)
+    _draw(gmm, z, x, y, image_shape, folder, seed, decode)
     return [{"method": name, **clustering_scores(clusters, y)} for name, clusters in methods.items()]
 
 
@@ -120,37 +128,27 @@ def format_table(rows: list[Row]) -> str:
     )
 
 
-def plot_metrics(file: Path, picture: Path) -> None:
-    """Draw the curves of loss and log-likelihood from a ``metrics.csv``."""
-    with file.open(newline="") as lines:
-        records = list(csv.DictReader(lines))
-    curves = {}
-    for name in ("loss", "em/log_likelihood", "em/effective_components", "train/accuracy"):
-        points = [(float(r["epoch"]), float(r[name])) for r in records if r.get(name)]
-        if points:
-            epochs, values = zip(*points, strict=True)
-            curves[name] = (epochs, values)
-    if curves:
-        save(plot_curves(curves)[0], picture)
-
-
 def _kmeans(x: Tensor, n_clusters: int, seed: int) -> Tensor:
     labels = KMeans(n_clusters, n_init=10, random_state=seed).fit_predict(x.cpu().numpy())
     return torch.from_numpy(labels).long()
 
 
 def _draw(
-    gmm: GaussianMixture, z: Tensor, x: Tensor, y: Tensor | None, image_shape: tuple[int, int] | None, folder: Path
+    gmm: GaussianMixture,
+    z: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    image_shape: tuple[int, int] | None,
+    folder: Path,
+    seed: int,
+    decode: Callable[[Tensor], Tensor] | None,
 ) -> None:
-    by_component, *by_class = new_axes(1, 1 if y is None else 2)
-    plot_latent(gmm, z, title="coloured by component; ellipses of 2 sd", ax=by_component)
-    for ax in by_class:
-        plot_latent(gmm, z, y, title="coloured by class; numbers are components", ax=ax)
-    save(by_component, folder / "latent.png")
-    if image_shape is None:
-        return
+    """Write the pictures of a clustering."""
+    draw_latent(gmm, z, y, folder)
+    draw_density(gmm, z, folder)
+    if y is not None:
+        draw_contingency(gmm.predict(z).cpu(), y.cpu(), gmm.n_components, folder)
     r = gmm.predict_proba(z).to(x)
-    images = (r.mT @ x / r.sum(0).clamp(min=1e-12)[:, None]).reshape(-1, *image_shape)
-    titles = [f"component {k}, {float(w):.0%}" for k, w in enumerate(gmm.weights_)]
-    axes = plot_images(images, titles, title="mean image of each component, and its weight")
-    save(axes[0], folder / "components.png")
+    images = r.mT @ x / r.sum(0).clamp(min=1e-12)[:, None]
+    draw_components(gmm, images, image_shape, folder, "Mean image")
+    draw_samples(gmm, z, folder, seed, image_shape, decode)

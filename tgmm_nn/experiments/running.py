@@ -12,8 +12,9 @@ from pathlib import Path
 import lightning
 import torch
 
+from tgmm_nn.experiments.drawing import plot_metrics
 from tgmm_nn.experiments.interrupt import InterruptCheckpoint
-from tgmm_nn.experiments.reports import Row, format_table, plot_metrics
+from tgmm_nn.experiments.reports import Row, format_table
 
 __all__ = ["check_launcher", "contents", "discard", "fit", "open_folder", "resume_command", "write_results"]
 
@@ -26,8 +27,8 @@ CONTENTS = (
     ("latent.png", "embeddings by component and by class"),
     ("latent_epoch_*.png", "embeddings while training went on"),
     ("components.png", "mean image of each component"),
-    ("outliers.png", "outlier scores, and features"),
-    ("classes.png", "features, and predicted class × class"),
+    ("outliers.png", "outlier scores"),
+    ("classes.png", "predicted class × class"),
     ("criterion.csv", "the criterion of each fit"),
     ("criterion.png", "the criterion over the number of components"),
     ("assignments.csv", "component of each row, and its probability"),

@@ -72,9 +72,7 @@ def read_sweep(folder: Path) -> list[tuple[dict[str, str], list[dict[str, str]]]
     """Return the overrides of each run of a sweep, and the rows of its table; none where it came to no end."""
     runs = []
     for file in sorted(folder.rglob(".hydra/overrides.yaml")):
-        overrides = dict(
-            str(text).lstrip("+").split("=", 1) for text in yaml.safe_load(file.read_text()) if "=" in text
-        )
+        overrides = dict(str(text).lstrip("+").split("=", 1) for text in yaml.safe_load(file.read_text()) if "=" in text)
         results = file.parents[1] / "results.csv"
         rows: list[dict[str, str]] = []
         if results.exists():

@@ -143,6 +143,6 @@ class VariationalClustering(lightning.LightningModule):
         }
         x, y = data.sample()
         mean, _ = self(x.to(self.device))
-        others = clustering_report(self.gmm, mean, x, y, data.image_shape, folder, seed)[1:]
+        others = clustering_report(self.gmm, mean, x, y, data.image_shape, folder, seed, self.decoder)[1:]
         rows: list[Row] = [{"method": name, **scores} for name, scores in ends.items() if scores]
         return rows + [{**row, "elbo": "", "smallest weight": ""} for row in others]

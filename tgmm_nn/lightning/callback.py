@@ -50,7 +50,8 @@ class EMCallback(lightning.Callback):
     that EM used, before their update; ``entropy`` of the responsibilities in nats, the mean over the rows of the
     epoch's first step (as is the log-likelihood where EM does not run); ``effective_components``, the exponential of
     the entropy of the weights; ``smallest_weight``; ``condition_number``, the largest of a covariance; ``moved``, how
-    far the means moved in the epoch, a weighted mean in standard deviations; ``births``, ``deaths``, ``reseeded``.
+    far the means moved in the epoch, a weighted mean in standard deviations; ``births``, ``deaths``, ``reseeded``;
+    ``started``, 1 where the log-likelihood is of a mixture that was started, and 0 where it is of a fresh layer.
 
     Args:
         module: Name of the `GaussianMixture` or `MixtureClassifier` in the LightningModule; or a mixture, which is made

@@ -21,6 +21,10 @@ class Monitor:
 
     Args:
         min_weight: A component is dead that weighs less, or nothing where this is None.
+
+    Attributes:
+        births: How often each component was born in the epoch, shape ``(K,)``.
+        deaths: How often each died in it, shape ``(K,)``.
     """
 
     def __init__(self, min_weight: float | None = None) -> None:
@@ -37,7 +41,8 @@ class Monitor:
         self._first: Tensor | None = None
         self._expected = gmm.running_count.new_zeros(2)
         self._n_reseeded = 0
-        self._births = self._deaths = gmm.n_updates.new_zeros(())
+        self.births = self.deaths = torch.zeros_like(gmm.weights_)
+        self._started = gmm.fitted.clone()
         self.follow(gmm)
 
     @torch.no_grad()
@@ -65,8 +70,8 @@ class Monitor:
     def count(self, gmm: GaussianMixture, n_reseeded: int) -> None:
         """Count births and deaths of an update."""
         alive = self._are_alive(gmm)
-        self._births = self._births + (alive & ~self._alive).sum()
-        self._deaths = self._deaths + (self._alive & ~alive).sum()
+        self.births = self.births + (alive & ~self._alive).to(self.births)
+        self.deaths = self.deaths + (self._alive & ~alive).to(self.deaths)
         self._alive = alive
         self._n_reseeded += n_reseeded
 
@@ -86,9 +91,10 @@ class Monitor:
             "smallest_weight": weights.amin(),
             "condition_number": gmm.condition_numbers().amax(),
             "moved": weights @ distance(gmm.means_, self._before, gmm.covariance),
-            "births": self._births,
-            "deaths": self._deaths,
+            "births": self.births.sum(),
+            "deaths": self.deaths.sum(),
             "reseeded": weights.new_tensor(self._n_reseeded),
+            "started": torch.where(expected[1] > 0, 1, self._started.flatten()[0]),
         }
         return {name: value.to(weights.dtype) for name, value in values.items()}
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 from torch import Tensor
 
 from tgmm_nn import checks
@@ -35,7 +35,7 @@ def plot_curves(
     Args:
         curves: Epochs and values of each curve, by its name, which should end with the unit.
         axes: As many axes; None makes new ones.
-        start: Epoch in which EM started; a line marks it where it is above 0. None marks nothing.
+        start: First epoch of EM; a line marks it where others came before. None marks nothing.
         title: What stands above all.
 
     Returns:
@@ -69,8 +69,8 @@ def plot_curves(
         ax.grid(alpha=0.3)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         label(ax, "", "epoch" if ax is axes[-1] else "", name)
-    note = f"{title}\ndashed: EM started in epoch {start:g}" if start is not None else title
-    label(axes[0], note.strip(), axes[0].get_xlabel(), axes[0].get_ylabel())
+    note = "\ndashed: first epoch of EM" if any(len(ax.lines) > 1 for ax in axes) else ""
+    label(axes[0], (title + note).strip(), axes[0].get_xlabel(), axes[0].get_ylabel())
     return axes
 
 
@@ -118,8 +118,11 @@ def plot_weights(
     ax = ax or new_axes(size=(8.0, max(3.0, min(9.0, 1.6 + 0.3 * weights.shape[1]))))[0]
     step = (places[-1] - places[0]) / max(1, len(places) - 1) or 1.0
     k = weights.shape[1]
+    top = max(float(weights.max()), 2.0 / k)  # so that equal weights are of a middle grey
     extent = (places[0] - step / 2, places[-1] + step / 2, k - 0.5, -0.5)
-    image = ax.imshow(weights.T, cmap="Greys", vmin=0.0, aspect="auto", extent=extent, interpolation="nearest")
+    image = ax.imshow(
+        weights.T.numpy(), cmap="Greys", vmin=0.0, vmax=top, aspect="auto", extent=extent, interpolation="nearest"
+    )
     for number in range(1, k):
         ax.axhline(number - 0.5, color="white", lw=1.0)
     events = (("deaths", deaths, "x", DEATH, "component died"), ("births", births, "^", BIRTH, "component was born"))
@@ -127,7 +130,7 @@ def plot_weights(
         _mark_events(ax, _counts(name, counts, weights), places, marker, color, text)
     _name_weights(ax, weights[-1])
     ax.figure.colorbar(image, ax=ax, label="weight", pad=0.12 if k <= 40 else 0.02)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True) if len(places) > 1 else FixedLocator(places))
     label(ax, title, "epoch", "component")
     add_legend(ax, below=True)
     return ax
@@ -150,9 +153,9 @@ def plot_likelihood(gmm: GaussianMixture, *, title: str | None = None, ax: Axes 
         ValueError: If it was fitted by other means than `fit`, and so has no history.
 
     Example:
-        >>> gmm = GaussianMixture(2, 1, random_state=0).fit(torch.randn(200, 1))
+        >>> gmm = GaussianMixture(2, 1, random_state=0).fit([[0.0], [1.0], [2.0], [7.0], [8.0], [9.0]])
         >>> ax = plot_likelihood(gmm)
-        >>> ax.get_title() == f"EM converged after {gmm.n_iter_} iterations", ax.get_ylabel()
+        >>> ax.get_title().startswith("EM converged after"), ax.get_ylabel()
         (True, 'log-likelihood, nats per row')
     """
     check_fitted(gmm)

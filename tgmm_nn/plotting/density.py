@@ -108,7 +108,7 @@ def plot_density(
     """
     check_fitted(gmm)
     x = to_rows(x, gmm.n_features)
-    plane, ax = plane or principal_plane(x), ax or new_axes()[0]
+    plane, ax = plane or principal_plane(x), ax or new_axes(size=(8.2, 6.0))[0]
     flat = plane.project_mixture(gmm)
     levels = density_levels(flat, mass)
     if score is not None and not isinstance(score, OutlierScore):
@@ -121,7 +121,7 @@ def plot_density(
         points[:, 1] = -0.02 * ax.get_ylim()[1]
     else:
         marks = _draw_map(ax, flat, limits, levels, mass)
-    add_legend(ax, marks + _draw_rows(ax, points, outlying, score))
+    add_legend(ax, marks + _draw_rows(ax, points, outlying, score, gmm.n_features))
     hidden = gmm.n_features - 2
     summed = f"Density in the plane, summed over {hidden} other direction{'s'[: hidden > 1]}"
     if title is None:
@@ -130,16 +130,18 @@ def plot_density(
     return ax
 
 
-def _draw_rows(ax: Axes, points: Tensor, outlying: Tensor, score: OutlierScore | None) -> list[Any]:
+def _draw_rows(ax: Axes, points: Tensor, outlying: Tensor, score: OutlierScore | None, n_features: int) -> list[Any]:
     """Draw rows as dots, and outliers as crosses; return what a legend shows."""
     inside, outside = points[~outlying], points[outlying]
-    marks = [ax.scatter(inside[:, 0], inside[:, 1], s=7, c="#0072B2", alpha=0.6, linewidths=0, zorder=3)]
-    marks[0].set_label(f"{len(inside):,} rows" + (" below the threshold" if score is not None else ""))
-    if score is not None:
-        cross = ax.scatter(outside[:, 0], outside[:, 1], s=26, c=OUTLIER, marker="x", linewidths=1.2, zorder=3)
-        cross.set_label(f"{len(outside):,} rows with a {score.score}\nscore above {float(score.threshold):.3g}")
-        marks.append(cross)
-    return marks
+    kept = ax.scatter(inside[:, 0], inside[:, 1], s=7, c="#0072B2", alpha=0.6, linewidths=0, zorder=3)
+    kept.set_label(f"{len(inside):,} rows")
+    if score is None:
+        return [kept]
+    kept.set_label(f"{len(inside):,} rows up to the threshold")
+    cross = ax.scatter(outside[:, 0], outside[:, 1], s=26, c=OUTLIER, marker="x", linewidths=1.2, zorder=3)
+    where = f"\nin all {n_features} features" if n_features > 2 else ""
+    cross.set_label(f"{len(outside):,} outliers: {score.score}\nscore above {float(score.threshold):.3g}{where}")
+    return [kept, cross]
 
 
 def _draw_map(ax: Axes, flat: GaussianMixture, limits: Tensor, levels: Tensor, mass: Sequence[float]) -> list[Any]:
@@ -149,7 +151,7 @@ def _draw_map(ax: Axes, flat: GaussianMixture, limits: Tensor, levels: Tensor, m
     density = flat(torch.cartesian_prod(xs, ys)).reshape(300, 300).mT
     low = float(density_levels(flat, [0.999])[0]) - 2.0  # below, all is the same white
     image = ax.imshow(
-        density.clamp(min=low), cmap="Greys", origin="lower", extent=(left, right, bottom, top), alpha=0.7,
+        density.clamp(min=low).numpy(), cmap="Greys", origin="lower", extent=(left, right, bottom, top), alpha=0.7,
         interpolation="bilinear", vmin=low, vmax=float(density.max()) + 1.5, aspect="equal",
     )  # fmt: skip
     ax.figure.colorbar(image, ax=ax, label="log-density, nats", location="bottom", shrink=0.8)

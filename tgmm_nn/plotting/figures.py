@@ -23,6 +23,8 @@ MARKERS = "os^DvPX*<>ph"
 LINES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (6, 2, 1, 2)), (0, (1, 1.2)), (0, (3, 1, 1, 1, 1, 1)))
 HATCHES = ("", "///", "...", "xxx", "\\\\\\")
 DPI = 120
+# Of axes with a legend beside them.
+SIZE = (7.5, 5.2)
 
 
 class Mark(NamedTuple):
@@ -58,7 +60,7 @@ def new_axes(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.0, 
         >>> len(new_axes(2, 3))
         6
     """
-    figure = Figure(figsize=(columns * size[0], rows * size[1]), layout="constrained", dpi=DPI)
+    figure = Figure(figsize=(columns * size[0], rows * size[1]), layout="compressed", dpi=DPI)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax in axes:
         ax.tick_params(labelsize=11)
@@ -75,7 +77,7 @@ def percent(share: float) -> str:
 def label(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
     """Name what is seen; a title that is wider than its axes goes on in a new line."""
     inches = ax.get_window_extent().width / ax.figure.dpi
-    letters = max(20, int(1.2 * 72 * inches / (0.56 * float(ax.title.get_fontsize()))))
+    letters = max(20, int(72 * inches / (0.56 * float(ax.title.get_fontsize()))))
     ax.set(title="\n".join(textwrap.fill(line, letters) for line in title.split("\n")), xlabel=xlabel, ylabel=ylabel)
 
 

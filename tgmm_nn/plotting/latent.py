@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tgmm_nn import checks
 from tgmm_nn.mixture import GaussianMixture
-from tgmm_nn.plotting.figures import add_legend, dots, label, mark, new_axes
+from tgmm_nn.plotting.figures import SIZE, add_legend, dots, label, mark, new_axes
 from tgmm_nn.plotting.planes import EMPTY, Plane, check_fitted, limits_of, principal_plane, to_labels, to_rows
 
 __all__ = ["plot_latent", "plot_samples"]
@@ -30,7 +30,7 @@ def plot_latent(
     names: Mapping[int, str] | None = None,
     plane: Plane | None = None,
     limits: Tensor | None = None,
-    title: str = "",
+    title: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     r"""Scatter rows in a plane, with each component's ellipses; of one feature, draw their histogram and densities.
@@ -51,7 +51,7 @@ def plot_latent(
         plane: Where to draw; None takes the principal plane of ``x``.
         limits: Smallest and largest coordinates that are shown, shape ``(2, 2)``; None shows all rows. Of one feature
             only the first column is used.
-        title: Title of the axes.
+        title: Title of the axes; None says what is drawn.
         ax: Axes to draw into; None makes new ones.
 
     Returns:
@@ -63,15 +63,16 @@ def plot_latent(
 
     Example:
         >>> x = torch.cat([torch.randn(100, 3), torch.randn(100, 3) + 6])
-        >>> ax = plot_latent(GaussianMixture(2, 3, random_state=0).fit(x), x, title="two clusters")
-        >>> ax.get_title(), len(ax.patches)
-        ('two clusters', 4)
+        >>> ax = plot_latent(GaussianMixture(2, 3, random_state=0).fit(x), x)
+        >>> print(ax.get_title().replace("\n", " "))
+        Rows by most probable component; ellipses at 1 and 2 sd
+        >>> len(ax.patches)
+        4
     """
     if not isinstance(gmm, GaussianMixture):
         raise TypeError(f"Expected `gmm` to be a GaussianMixture, but got {type(gmm).__name__}.")
-    for radius in n_std:
-        checks.check_number("n_std", radius, strict=True)
-    x, ax = to_rows(x, gmm.n_features), ax or new_axes()[0]
+    n_std = check_radii(n_std)
+    x, ax = to_rows(x, gmm.n_features), ax or new_axes(size=SIZE)[0]
     own_colors = labels is None
     if not own_colors:
         labels = to_labels(labels, len(x))
@@ -90,8 +91,9 @@ def plot_latent(
         frame(ax, limits)
         if not own_colors:
             _explain(ax, labels, names or {})
-    ylabel = plane.names[1] if gmm.n_features > 1 else "density"
-    label(ax, title + ("" if flat is not None else " (mixture not started)"), plane.names[0], ylabel)
+    title = _described(gmm, n_std, own_colors=own_colors) if title is None else title
+    started = "" if flat is not None else " (mixture not started)"
+    label(ax, title + started, plane.names[0], plane.names[1] if gmm.n_features > 1 else "density")
     return ax
 
 
@@ -142,8 +144,19 @@ def plot_samples(
     plot_latent(gmm, x, n_std=(), plane=plane, limits=limits, title=f"{len(x):,} rows of the data", ax=axes[0])
     title = f"{n_samples:,} samples of the mixture"
     own = components if gmm.n_features > 1 else None
-    plot_latent(gmm, samples, own, n_std=(), plane=plane, limits=limits, title=title, ax=axes[1])
+    names = {k: f"component {k}" for k in range(gmm.n_components)}
+    plot_latent(gmm, samples, own, n_std=(), names=names, plane=plane, limits=limits, title=title, ax=axes[1])
     return axes
+
+
+def check_radii(n_std: Any) -> tuple[float, ...]:
+    """Return radii of ellipses, or raise."""
+    if isinstance(n_std, str) or not isinstance(n_std, Iterable):
+        raise TypeError(f"Expected `n_std` to be a list of numbers, but got {n_std!r}.")
+    radii = tuple(n_std)
+    for radius in radii:
+        checks.check_number("n_std", radius, strict=True)
+    return radii
 
 
 def draw_points(ax: Axes, points: Tensor, labels: Tensor | None) -> None:
@@ -184,10 +197,9 @@ def spread(places: Tensor, most: int = 300) -> Tensor:
     """Push places apart until no two of them are closer than 1; those with room stay where they are.
 
     Example:
-        >>> spread(torch.tensor([[0.0, 0.0], [0.0, 0.0], [5.0, 0.0]])).round(decimals=1).abs()
-        tensor([[0.5000, 0.0000],
-                [0.5000, 0.0000],
-                [5.0000, 0.0000]])
+        >>> first, second, third = spread(torch.tensor([[0.0, 0.0], [0.0, 0.0], [5.0, 0.0]]))
+        >>> bool((first - second).norm() >= 0.99), third
+        (True, tensor([5., 0.]))
     """
     angle = torch.arange(len(places)) * math.pi  # where two are the same, they part by their numbers
     unit = torch.stack([angle.cos(), 0.7 * torch.arange(len(places)).fmod(3.0) * angle.cos()], -1).to(places)
@@ -200,8 +212,21 @@ def spread(places: Tensor, most: int = 300) -> Tensor:
         missing.diagonal()[:] = 0.0
         if float(missing.max()) < 1e-3:
             break
-        places = places + (0.51 * missing * away / distance).sum(1)
+        push = (0.51 * missing * away / distance).sum(1)
+        places = places + push / (missing > 0).sum(1).clamp(min=1)  # the sum would scatter a crowd
     return places
+
+
+def _described(gmm: GaussianMixture, n_std: Sequence[float], *, own_colors: bool) -> str:
+    """Return what a picture of rows and components shows."""
+    if not gmm.fitted_:
+        return "Rows" if own_colors else "Rows by class"
+    rows = "most probable component" if own_colors else "class"
+    if gmm.n_features == 1:
+        return ("Rows" if own_colors else "Rows by class") + ", and the density of each component"
+    radii = " and ".join(f"{radius:g}" for radius in n_std)
+    of = "" if own_colors else " of components"
+    return f"Rows by {rows}" + (f"; ellipses{of} at {radii} sd" if radii else "")
 
 
 def _draw_components(

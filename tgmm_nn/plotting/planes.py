@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ class Plane(NamedTuple):
 
     def project(self, x: Tensor) -> Tensor:
         """Return the coordinates of rows ``(n, d)`` in the plane, shape ``(n, 2)``, float64, on the CPU."""
-        return (x.detach().cpu().double() - self.mean) @ self.directions
+        return (x.detach().cpu().double() - self.mean.cpu().double()) @ self.directions.cpu().double()
 
     def project_mixture(self, gmm: GaussianMixture) -> GaussianMixture:
         r"""Return the distribution of a mixture's projected rows, again a mixture, exactly.
@@ -47,10 +48,11 @@ class Plane(NamedTuple):
                      [0., 4.]]], dtype=torch.float64))
         """
         size = min(gmm.n_features, 2)
-        directions = self.directions[:, :size]
-        covariances = directions.mT @ gmm.covariance_matrices().detach().cpu().double() @ directions
+        directions = self.directions[:, :size].cpu().double()
+        wide = copy.deepcopy(gmm).cpu().double()  # in float32 narrow components could lose their definiteness
+        covariances = directions.mT @ wide.covariance_matrices() @ directions
         flat = GaussianMixture(gmm.n_components, size, dtype=torch.float64, device="cpu")
-        flat.set_parameters(gmm.weights_.cpu(), self.project(gmm.means_)[:, :size], (covariances + covariances.mT) / 2)
+        flat.set_parameters(wide.weights_, self.project(wide.means_)[:, :size], (covariances + covariances.mT) / 2)
         return flat
 
 

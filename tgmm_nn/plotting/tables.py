@@ -13,7 +13,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 from torch import Tensor
 
 from tgmm_nn import checks
-from tgmm_nn.plotting.figures import add_legend, label, mark, new_axes, percent
+from tgmm_nn.plotting.figures import SIZE, add_legend, label, mark, new_axes, percent
 
 __all__ = ["plot_contingency", "plot_images", "plot_reliability", "plot_scores"]
 
@@ -114,7 +114,7 @@ def plot_reliability(
     shapes = [tuple(values.shape) for values in (confidence, accuracy, share)]
     if len(set(shapes)) > 1 or len(shapes[0]) != 1:
         raise ValueError(f"Expected `confidence`, `accuracy` and `share` of one shape (B,), but got {shapes}.")
-    ax = ax or new_axes()[0]
+    ax = ax or new_axes(size=SIZE)[0]
     error = torch.where(share == 0, 0.0, (accuracy - confidence).abs() * share).sum()
     edges = torch.linspace(0, 1, len(share) + 1).tolist()
     ax.stairs(share.tolist(), edges, fill=True, color="0.85", label="share of rows")
@@ -159,7 +159,7 @@ def plot_scores(
         ['in: 0 % above', 'out: 100 % above', 'threshold 5']
     """
     groups = _groups(scores)
-    ax = ax or new_axes()[0]
+    ax = ax or new_axes(size=SIZE)[0]
     everything = torch.cat(list(groups.values())).sort().values
     low, high = float(everything[0]), float(everything[int(0.98 * (len(everything) - 1))])
     high = max(high, low + 1e-6 * max(1.0, abs(low)))
@@ -224,7 +224,8 @@ def plot_images(
     if len(titles) != len(images):
         raise ValueError(f"Expected `titles` for all {len(images)} images, but got {len(titles)}.")
     columns = min(len(images), columns or max(5, math.ceil(math.sqrt(len(images)))))
-    axes = list(new_axes(-(-len(images) // columns), columns, size=(1.7, 1.9)) if axes is None else axes)
+    size = (1.7, 1.9) if len(images) <= 30 else (1.1, 1.2)
+    axes = list(new_axes(-(-len(images) // columns), columns, size=size) if axes is None else axes)
     if len(axes) < len(images):
         raise ValueError(f"Expected `axes` for all {len(images)} images, but got {len(axes)}.")
     largest = float(images[torch.isfinite(images)].max()) if bool(torch.isfinite(images).any()) else 1.0

@@ -1,0 +1,124 @@
+"""The pictures of the end of a run."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tgmm_nn.metrics import Contingency
+from tgmm_nn.mixture import GaussianMixture
+from tgmm_nn.outliers import OutlierScore
+from tgmm_nn.plotting import (
+    new_axes,
+    plot_contingency,
+    plot_curves,
+    plot_density,
+    plot_images,
+    plot_latent,
+    plot_samples,
+    principal_plane,
+    save,
+)
+
+__all__ = ["draw_components", "draw_contingency", "draw_density", "draw_latent", "draw_samples", "plot_metrics"]
+
+MOST_IMAGES = 25
+CURVES = {
+    "loss": "loss",
+    "elbo": "evidence lower\nbound, nats per row",
+    "em/log_likelihood": "log-likelihood,\nnats per row",
+    "em/effective_components": "effective number\nof components",
+    "train/accuracy": "accuracy",
+}
+
+
+def draw_latent(
+    gmm: GaussianMixture, z: Tensor, y: Tensor | None, folder: Path, names: dict[int, str] | None = None
+) -> None:
+    """Write ``latent.png``: embeddings by component and, where there are labels, by class, in one plane."""
+    plane = principal_plane(z)
+    axes = new_axes(1, 1 if y is None else 2, size=(6.6, 5.2))
+    plot_latent(gmm, z, plane=plane, ax=axes[0])
+    if y is not None:
+        plot_latent(gmm, z, y, n_std=(1.0,), names=names, plane=plane, ax=axes[1])  # the left one has both
+    save(axes[0], folder / "latent.png")
+
+
+def draw_density(gmm: GaussianMixture, z: Tensor, folder: Path, score: OutlierScore | None = None) -> None:
+    """Write ``density.png``; without a calibrated score the 1 % of rows of lowest density are its outliers."""
+    if gmm.fitted_:
+        score = OutlierScore(gmm).calibrate(z, 0.99) if score is None else score
+        save(plot_density(gmm, z, score), folder / "density.png")
+
+
+def draw_contingency(clusters: Tensor, y: Tensor, n_clusters: int, folder: Path) -> None:
+    """Write ``contingency.png``: rows by component and class, components ordered by their most frequent class."""
+    clusters, y = clusters.cpu(), y.cpu()
+    clusters, y = clusters[y >= 0], y[y >= 0]  # a negative label is none
+    table = Contingency(n_clusters, int(y.max()) + 1)(clusters, y)
+    most, classes = table.max(1)
+    order = sorted(range(n_clusters), key=lambda k: (int(classes[k]), -int(most[k])))
+    title = f"Of {len(y):,} rows {int(most.sum()):,} are of their component's most frequent class"
+    ax = new_axes(size=(7.0, max(5.0, min(10.0, 0.45 * n_clusters))))[0]
+    plot_contingency(table[order], clusters=[str(k) for k in order], ylabel="component", title=title, ax=ax)
+    save(ax, folder / "contingency.png")
+
+
+def draw_components(
+    gmm: GaussianMixture, images: Tensor, image_shape: tuple[int, int] | None, folder: Path, what: str
+) -> None:
+    """Write ``components.png``: an image of each component, rows of pixels ``(K, height · width)``; none of others."""
+    if image_shape is None:
+        return
+    titles = [f"component {k}\n{100 * weight:.1f} %" for k, weight in enumerate(gmm.weights_.tolist())]
+    started = "" if gmm.fitted_ else " (mixture not started: all components are alike)"
+    axes = plot_images(
+        images.reshape(-1, *image_shape), titles, title=f"{what} of each component, and its weight{started}"
+    )
+    save(axes[0], folder / "components.png")
+
+
+def draw_samples(
+    gmm: GaussianMixture,
+    z: Tensor,
+    folder: Path,
+    seed: int,
+    image_shape: tuple[int, int] | None = None,
+    decode: Callable[[Tensor], Tensor] | None = None,
+) -> None:
+    """Write ``samples.png``: decoded samples, a row of images for each component; without a decoder, in the plane."""
+    if not gmm.fitted_:
+        return
+    if decode is None or image_shape is None:
+        save(plot_samples(gmm, z, seed=seed)[0], folder / "samples.png")
+        return
+    heaviest = gmm.weights_.argsort(descending=True)[:MOST_IMAGES].sort().values.tolist()
+    generator = torch.Generator(gmm.means_.device).manual_seed(seed)
+    samples = torch.cat([gmm.sample(8, component=k, generator=generator)[0] for k in heaviest])
+    titles = [f"component {k}" if number == 0 else "" for k in heaviest for number in range(8)]
+    images = decode(samples.to(z)).reshape(-1, *image_shape).clamp(min=0.0)
+    axes = plot_images(images, titles, title="Decoded samples, a row for each component", columns=8)
+    save(axes[0], folder / "samples.png")
+
+
+def plot_metrics(file: Path, picture: Path) -> None:
+    """Draw curves of a ``metrics.csv``; those of the mixture begin with the epoch in which it was started."""
+    with file.open(newline="") as lines:
+        records = list(csv.DictReader(lines))
+    started = [float(r["epoch"]) for r in records if float(r.get("em/started") or 0) > 0]
+    watched = any(r.get("em/started") for r in records)
+    start = min(started, default=float("inf")) if watched else 0.0
+    curves = {}
+    for name, shown in CURVES.items():
+        first = start if name.startswith(("em/", "train/")) else 0.0
+        points = [(float(r["epoch"]), float(r[name])) for r in records if r.get(name) and float(r["epoch"]) >= first]
+        if points:
+            epochs, values = zip(*points, strict=True)
+            curves[shown] = (epochs, values)
+    if curves:
+        title = "Training, epoch by epoch" + ("; EM never started" if watched and not started else "")
+        save(plot_curves(curves, start=min(started) if started else None, title=title)[0], picture)
