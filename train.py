@@ -72,9 +72,13 @@ def main(cfg: DictConfig) -> None:
         check_values(cfg)
         train(cfg)
     except Exception as error:
-        if explain(error):
-            discard(Path(HydraConfig.get().runtime.output_dir))
-        raise
+        sentence = explain(error)
+        if sentence is None:
+            raise
+        discard(Path(HydraConfig.get().runtime.output_dir))
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise  # the sweep makes its other runs, and then fails
+        sys.exit(sentence)
 
 
 def run() -> None:
