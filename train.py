@@ -48,8 +48,7 @@ def train(cfg: DictConfig) -> list[Row]:
 
     folder = Path(cfg.paths.output_dir)
     if trainer.is_global_zero:
-        open_folder(folder, printable(cfg))
-        print(printable(cfg), flush=True)
+        print(open_folder(folder, printable(cfg)), flush=True)
 
     fit(trainer, model, data, cfg.ckpt_path)
     if not trainer.is_global_zero:

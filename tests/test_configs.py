@@ -1,4 +1,4 @@
-"""The configs: every option of our classes with its default, every file composes and builds, and one word changes a part."""
+"""The configs: every option of our classes with its default; every file composes and builds; one word changes a part."""
 
 import importlib
 import inspect
@@ -79,9 +79,8 @@ def target(node):
 
 def public_classes():
     """Return what the package, its callbacks and its experiments offer; the metrics are made by their callback."""
-    modules = [tgmm_nn, tgmm_nn.lightning]
-    for info in pkgutil.iter_modules(tgmm_nn.experiments.__path__):
-        modules.append(importlib.import_module(f"tgmm_nn.experiments.{info.name}"))
+    names = [f"tgmm_nn.experiments.{info.name}" for info in pkgutil.iter_modules(tgmm_nn.experiments.__path__)]
+    modules = [tgmm_nn, tgmm_nn.lightning, *map(importlib.import_module, names)]
     offered = [getattr(module, name) for module in modules for name in module.__all__]
     return {item.__name__ for item in offered if inspect.isclass(item)}
 
@@ -203,7 +202,7 @@ def test_every_prior_is_tested():
 @pytest.mark.parametrize("prior", PRIORS)
 def test_a_prior_is_one_word_away_in_all_families_and_for_classifiers(prior, gmm):
     data = "digits" if gmm == "default" else "digits_labelled"
-    cfg = composed(f"data={data}", f"gmm={gmm}", f"prior={prior}")
+    cfg = composed("~experiment", f"data={data}", f"gmm={gmm}", f"prior={prior}")
     for family in covariance.COVARIANCES:
         cfg.gmm.covariance_type = family
         model = build(cfg.gmm)

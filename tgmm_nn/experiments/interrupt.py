@@ -43,10 +43,11 @@ class InterruptCheckpoint(lightning.Callback):
         self._asked = False
         self._before: Any = None
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Listen to Ctrl-C."""
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Listen to Ctrl-C, before training too: the first step is then finished."""
         self._asked, self.saved = False, None
-        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
+        alone = trainer.world_size == 1 and threading.current_thread() is threading.main_thread()
+        if stage == "fit" and alone:
             self._before = signal.signal(signal.SIGINT, self._ask)
 
     def on_train_batch_end(

@@ -53,8 +53,8 @@ def check_launcher(trainer: lightning.Trainer, *, in_sweep: bool) -> None:
         )
 
 
-def open_folder(folder: Path, config: str) -> None:
-    """Make a run's folder, and write its config.
+def open_folder(folder: Path, config: str) -> str:
+    """Make a run's folder, write ``config.yaml``, and return what it holds: the command, and each option.
 
     Raises:
         ValueError: If an earlier run's metrics lie there.
@@ -62,7 +62,9 @@ def open_folder(folder: Path, config: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "metrics.csv").exists():
         raise ValueError(f"Expected `hydra.run.dir` to be new, but {folder} holds the metrics of an earlier run.")
-    (folder / "config.yaml").write_text(f"# {_command(sys.argv)}\n{config}")
+    text = f"# {_command(sys.argv)}\n{config}"
+    (folder / "config.yaml").write_text(text)
+    return text
 
 
 def discard(folder: Path) -> None:
