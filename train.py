@@ -72,11 +72,9 @@ def main(cfg: DictConfig) -> None:
         train(cfg)
     except Exception as error:
         sentence = explain(error)
-        if sentence is None:
-            raise
+        if sentence is None or HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise  # a sweep makes its other runs, and then fails
         discard(Path(HydraConfig.get().runtime.output_dir))
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise  # the sweep makes its other runs, and then fails
         sys.exit(sentence)
 
 

@@ -1,4 +1,4 @@
-"""The configs: every option of our classes with its default; every file composes and builds; one word changes a part."""
+"""The configs: every option of our classes with its default; every file composes and builds; one word is enough."""
 
 import importlib
 import inspect

@@ -56,10 +56,11 @@ def _clean_state():
 
 @pytest.fixture
 def train(monkeypatch, tmp_path):
-    """Run ``train.py`` in this process with overrides, in a folder of its own; return that folder."""
+    """Run ``train.py`` in this process with overrides, or a sweep with -m, in a folder of its own; return that."""
 
     def run(*overrides, folder="run"):
-        monkeypatch.setattr(sys, "argv", ["train.py", f"hydra.run.dir={tmp_path / folder}", *overrides])
+        where = f"hydra.{'sweep' if '-m' in overrides else 'run'}.dir={tmp_path / folder}"
+        monkeypatch.setattr(sys, "argv", ["train.py", *sorted([where, *overrides], key=lambda text: text != "-m")])
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
         return tmp_path / folder
 
@@ -81,7 +82,7 @@ def test_a_run_writes_what_the_readme_lists_and_resumes(train, capsys):
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert (config["seed"], config["gmm"]["random_state"], config["gmm"]["n_components"]) == (3, 3, 8)
     assert config["model"]["gmm"] == "${gmm}"  # once, and the file still loads
-    assert printed.startswith("# python train.py hydra.run.dir=")
+    assert printed.startswith(f"# python {ROOT / 'train.py'} hydra.run.dir=")
     assert printed.startswith((folder / "config.yaml").read_text())
     rows = table(folder)
     assert [row["method"] for row in rows] == [
@@ -128,7 +129,7 @@ def test_a_run_that_breaks_off_says_the_command_that_goes_on_from_its_last_check
     with pytest.raises((SystemExit, KeyboardInterrupt)) as stop:
         train(*QUICK)
     error = capsys.readouterr().err
-    command = re.search(r"Interrupted in epoch 1; resume by\n  (python train.py .*)", error).group(1)
+    command = re.search(r"Interrupted in epoch 1; resume by\n  (python \S+train.py .*)", error).group(1)
     *overrides, checkpoint = command.split()[2:]
     assert overrides == QUICK  # and not hydra.run.dir: it goes on in a folder of its own
     assert torch.load(checkpoint.removeprefix("ckpt_path="), weights_only=True)["epoch"] == 0
@@ -206,8 +207,8 @@ def test_without_em_a_run_works_and_its_table_says_that_the_mixture_was_not_star
 
 
 def test_a_sweep_ends_with_a_table_of_mean_and_deviation_over_seeds(train, tmp_path, capsys):
-    swept = [*DEBUG, "-m", "seed=0,1", "gmm.n_components=3,4", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
-    train(*swept)
+    swept = [*DEBUG, "-m", "seed=0,1", "gmm.n_components=3,4"]
+    train(*swept, folder="sweep")
     printed = capsys.readouterr().out
     with (tmp_path / "sweep" / "sweep.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -224,9 +225,9 @@ def test_a_sweep_ends_with_a_table_of_mean_and_deviation_over_seeds(train, tmp_p
 
 
 def test_a_sweep_goes_on_past_a_run_that_fails_and_then_fails(train, tmp_path, capsys):
-    swept = [*DEBUG, "-m", "gmm.covariance_type=fulll,diag", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    swept = [*DEBUG, "-m", "gmm.covariance_type=fulll,diag"]
     with pytest.raises(SystemExit, match=r"Expected `covariance_type` to be one of .* but got 'fulll'"):
-        train(*swept)
+        train(*swept, folder="sweep")
     assert "1 of 2 runs came to no end" in capsys.readouterr().out
     assert (tmp_path / "sweep" / "sweep.csv").exists()
 
@@ -240,7 +241,7 @@ def test_a_sweep_goes_on_past_a_run_that_fails_and_then_fails(train, tmp_path, c
 )
 def test_a_sweep_that_cannot_work_is_refused_and_leaves_nothing(swept, message, train, tmp_path):
     with pytest.raises(SystemExit, match=message):
-        train(*DEBUG, "-m", "seed=0,1", *swept, f"hydra.sweep.dir={tmp_path / 'sweep'}")
+        train(*DEBUG, "-m", "seed=0,1", *swept, folder="sweep")
     assert not (tmp_path / "sweep").exists()
 
 
@@ -248,7 +249,7 @@ def test_a_sweep_runs_in_parallel_by_joblib(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     swept = ["-m", "seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=sweep"]
     done = subprocess.run(
-        [sys.executable, ROOT / "train.py", *DEBUG, *swept], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, ROOT / "train.py", *swept, *DEBUG], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert re.search(r"mixture carried through training \(full\) +2 +0\.\d+ ± 0\.\d+", done.stdout)

@@ -68,15 +68,14 @@ def open_folder(folder: Path, config: str) -> str:
 
 
 def discard(folder: Path) -> None:
-    """Remove the folder of a run that never trained, with the folders above that this leaves empty."""
+    """Remove the folder of a run that never trained and, below the current folder, those above that are left empty."""
     if not folder.is_dir() or any(path.name not in BEFORE_TRAINING for path in folder.iterdir()):
         return
     shutil.rmtree(folder)
-    for above in folder.parents[:3]:  # the sweep's, those of the day and of the name
-        names = {path.name for path in above.iterdir()}
-        if above == Path.cwd() or not names <= {"multirun.yaml"}:
+    for above in folder.parents:
+        if Path.cwd() not in above.parents or any(above.iterdir()):
             return
-        shutil.rmtree(above)
+        above.rmdir()
 
 
 def fit(

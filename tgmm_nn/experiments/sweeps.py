@@ -54,7 +54,8 @@ class SweepTable(Callback):
         (folder, over), cls._running = cls._running, None
         runs = read_sweep(folder)
         if not any(rows for _, rows in runs):
-            discard(folder)
+            for path in [*folder.glob("*/"), folder]:
+                discard(path)
             return
         table = combine(runs, over)
         names = list(dict.fromkeys(name for row in table for name in row))
