@@ -127,10 +127,10 @@ def printable(cfg: DictConfig) -> str:
     """Return a config as YAML with its values filled in, but each group once: a reference to a group stays one.
 
     Example:
-        >>> print(printable(OmegaConf.create({"k": 3, "gmm": {"n": "${k}"}, "model": {"gmm": "${gmm}"}})), end="")
+        >>> print(printable(OmegaConf.create({"k": 3, "gmm": {"size": "${k}"}, "model": {"gmm": "${gmm}"}})), end="")
         k: 3
         gmm:
-          n: 3
+          size: 3
         model:
           gmm: ${gmm}
     """
