@@ -53,8 +53,7 @@ def train(cfg: DictConfig) -> list[Row]:
 
     folder = Path(cfg.paths.output_dir)
     if trainer.is_global_zero:
-        open_folder(folder, printable(cfg))
-        print(printable(cfg), flush=True)
+        print(open_folder(folder, printable(cfg)), flush=True)
 
     if isinstance(model, lightning.LightningModule):  # a choice among mixtures has nothing to train
         fit(trainer, model, data, cfg.ckpt_path)
@@ -78,9 +77,11 @@ def main(cfg: DictConfig) -> None:
         check_values(cfg)
         train(cfg)
     except Exception as error:
-        if explain(error):
-            discard(Path(HydraConfig.get().runtime.output_dir))
-        raise
+        sentence = explain(error)
+        if sentence is None or HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise  # a sweep makes its other runs, and then fails
+        discard(Path(HydraConfig.get().runtime.output_dir))
+        sys.exit(sentence)
 
 
 def run() -> None:

@@ -14,12 +14,14 @@ from torch.nn import functional as F
 from tgmm_nn.checks import check_number
 from tgmm_nn.classifier import MixtureClassifier
 from tgmm_nn.experiments.drawing import draw_components, draw_contingency, draw_density, draw_latent, draw_samples
-from tgmm_nn.experiments.reports import Row
+from tgmm_nn.experiments.reports import Row, if_started
 from tgmm_nn.experiments.rows import RowsDataModule
 from tgmm_nn.metrics import Contingency, detection_scores
 from tgmm_nn.mixture import GaussianMixture
 from tgmm_nn.outliers import OutlierScore
 from tgmm_nn.plotting import plot_contingency, plot_scores, save
+
+FIRST = "log-density, a Gaussian for each class"
 
 __all__ = ["GenerativeClassifier", "OutlierDetection", "energy", "softmax_score"]
 
@@ -119,7 +121,7 @@ class OutlierDetection(_DensityHead):
         z = self.encoder(batch["x"])
         error = (self.decoder(z) - batch["x"]).square().sum(-1).mean()
         loss = F.cross_entropy(self.head(z), batch["y"]) + self.reconstruction * error
-        self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(z))
+        self.log("loss", loss, on_step=False, on_epoch=True, sync_dist=True, prog_bar=True, batch_size=len(z))
         return loss
 
     @torch.no_grad()
@@ -142,7 +144,7 @@ class OutlierDetection(_DensityHead):
         scores = {name: OutlierScore(self.density, name) for name in ("mahalanobis", "relative_mahalanobis")}
         own = OutlierScore(self.density)
         methods: dict[str, tuple[Tensor, Tensor, float | str]] = {
-            "log-density, a Gaussian for each class": (own(test), own(unknown), accuracy),
+            FIRST: (own(test), own(unknown), accuracy),
             f"log-density, {free.n_components} components without labels": (-free(test), -free(unknown), ""),
             **{name.replace("_", " "): (score(test), score(unknown), "") for name, score in scores.items()},
             "maximum softmax probability": (softmax_score(logits[0]), softmax_score(logits[1]), of_softmax),
@@ -155,10 +157,12 @@ class OutlierDetection(_DensityHead):
             ),
         }
         self._draw(own.calibrate(test), test, unknown, data, folder, seed)
-        return [
-            {"method": name, **detection_scores(inside, outside), "accuracy": right}
+        rows: dict[str, Row] = {
+            name: {"method": name, **detection_scores(inside, outside), "accuracy": right}
             for name, (inside, outside, right) in methods.items()
-        ]
+        }
+        of_mixture = (FIRST, *(name.replace("_", " ") for name in scores))
+        return [if_started(self.density.mixture, row) if name in of_mixture else row for name, row in rows.items()]
 
     def _draw(
         self,
@@ -214,7 +218,7 @@ class GenerativeClassifier(_DensityHead):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the cross-entropy of both classifiers, which share no parameter."""
         loss = F.cross_entropy(self.density(self.encoder(batch["x"])), batch["y"])
-        self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch["x"]))
+        self.log("loss", loss, on_step=False, on_epoch=True, sync_dist=True, prog_bar=True, batch_size=len(batch["x"]))
         return loss + F.cross_entropy(self.softmax(batch["x"]), batch["y"])
 
     @torch.no_grad()
@@ -225,7 +229,7 @@ class GenerativeClassifier(_DensityHead):
         z = self.encoder(x)
         logits = {"mixture for each class": self.density(z), "softmax layer": self.softmax(x)}
         self._draw(z, data, folder, seed)
-        return [
+        rows: list[Row] = [
             {
                 "method": name,
                 "accuracy": float((values.argmax(-1) == y).float().mean()),
@@ -234,6 +238,7 @@ class GenerativeClassifier(_DensityHead):
             }
             for name, values in logits.items()
         ]
+        return [if_started(self.density.mixture, rows[0]), *rows[1:]]
 
     def _draw(self, z: Tensor, data: RowsDataModule, folder: Path, seed: int) -> None:
         """Draw held-out features, which classes are taken for which, and an image of each component."""

@@ -40,14 +40,17 @@ class InterruptCheckpoint(lightning.Callback):
         check_string("filename", filename)
         self.path = Path(dirpath) / f"{filename}.ckpt"
         self.saved: Path | None = None
-        self._asked = False
-        self._before: Any = None
+        self._asked = self._listening = False
+        self._before: Any = signal.default_int_handler
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Listen to Ctrl-C."""
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Listen to Ctrl-C, before training too: the first step is then finished."""
         self._asked, self.saved = False, None
-        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._ask)
+        alone = trainer.world_size == 1 and threading.current_thread() is threading.main_thread()
+        if stage == "fit" and alone:
+            before = signal.signal(signal.SIGINT, self._ask)
+            self._before = self._before if before == self._ask else before
+            self._listening = True
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -69,12 +72,15 @@ class InterruptCheckpoint(lightning.Callback):
         self._release()
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
+        # Lightning gives signals back after teardown, to whom they belonged after setup: to us, who pass them on.
+        if self._asked or not self._listening:
+            handler = self._before if callable(self._before) else signal.default_int_handler
+            handler(number, frame)
+            return
         self._asked = True
         print("\nFinishing this step, to save a checkpoint; Ctrl-C again stops at once.", file=sys.stderr, flush=True)
 
     def _release(self) -> None:
-        if self._before is not None:
+        if self._listening:
             signal.signal(signal.SIGINT, self._before)
-            self._before = None
+            self._listening = False

@@ -46,9 +46,9 @@ def check_keys(cfg: DictConfig) -> None:
     for group, known in KEYS_OF.items():
         _check_known(f"the config's `{group}`", map(str, cfg.get(group) or ()), known)
     for path, node in _targets(OmegaConf.to_container(cfg, resolve=False)):
-        known = _parameters(node["_target_"])
-        if known is not None:
-            _check_known(f"the config's `{path}`", (key for key in node if key not in RESERVED), known)
+        parameters = _parameters(node["_target_"])
+        if parameters is not None:
+            _check_known(f"the config's `{path}`", (key for key in node if key not in RESERVED), parameters)
 
 
 def check_values(cfg: DictConfig) -> None:
@@ -71,14 +71,14 @@ def _check_known(where: str, keys: Iterable[str], known: Iterable[str]) -> None:
     known = list(known)
     for key in keys:
         if key not in known:
-            raise ValueError(
-                f"Expected {where} to hold keys among {', '.join(known)}, but got {key!r}{_hint(key, known)}."
-            )
+            raise ValueError(_unknown(where, key, difflib.get_close_matches(key, known, n=1), known))
 
 
-def _hint(key: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(key, list(known), n=1)
-    return f"; did you mean {near[0]!r}?".removesuffix(".") if near else ""
+def _unknown(where: str, key: str, meant: list[str], known: Iterable[str]) -> str:
+    """Return the sentence on a key that nothing reads: with what was meant, or else with all that there is."""
+    if meant:
+        return f"Expected a key of {where}, but got {key!r}; did you mean {' or '.join(map(repr, meant))}?"
+    return f"Expected a key of {where}, one of {', '.join(known)}, but got {key!r}."
 
 
 def _targets(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -129,10 +129,10 @@ def printable(cfg: DictConfig) -> str:
     """Return a config as YAML with its values filled in, but each group once: a reference to a group stays one.
 
     Example:
-        >>> print(printable(OmegaConf.create({"k": 3, "gmm": {"n": "${k}"}, "model": {"gmm": "${gmm}"}})), end="")
+        >>> print(printable(OmegaConf.create({"k": 3, "gmm": {"size": "${k}"}, "model": {"gmm": "${gmm}"}})), end="")
         k: 3
         gmm:
-          n: 3
+          size: 3
         model:
           gmm: ${gmm}
     """
@@ -141,17 +141,13 @@ def printable(cfg: DictConfig) -> str:
 
 def _filled(node: DictConfig) -> dict[str, Any]:
     raw: Any = OmegaConf.to_container(node, resolve=False)
-    filled = {}
+    filled: dict[str, Any] = {}
     for key in node:
-        value = node[key]
-        if not isinstance(value, (DictConfig, ListConfig)):
-            filled[str(key)] = value
-        elif isinstance(value, DictConfig) and not isinstance(raw[key], str):
-            filled[str(key)] = _filled(value)
+        value, written = node[key], raw[key]
+        if isinstance(value, DictConfig):
+            filled[str(key)] = written if isinstance(written, str) else _filled(value)
         else:
-            filled[str(key)] = (
-                raw[key] if isinstance(value, DictConfig) else OmegaConf.to_container(value, resolve=True)
-            )
+            filled[str(key)] = OmegaConf.to_container(value, resolve=True) if isinstance(value, ListConfig) else value
     return filled
 
 
@@ -163,33 +159,31 @@ def explain(error: BaseException) -> str | None:
     message = str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = error.missing_cfg_file.rpartition("/")
-        options = ", ".join(sorted(error.options))
-        return f"Expected `{group}` to be one of {options}, but got {option!r}{_hint(option, error.options)}."
+        near = difflib.get_close_matches(option, error.options, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        return f"Expected `{group}` to be one of {', '.join(sorted(error.options))}, but got {option!r}{hint}"
     if isinstance(error, InstantiationException):
         return _explain_building(error)
     if isinstance(error, HydraException):
         cause = error.__cause__
         return _explain_override(cause) or message if isinstance(cause, OmegaConfBaseException) else message
+    if isinstance(error, OmegaConfBaseException):
+        return message.splitlines()[0]
     # In the words of our own checks, or of load_state_dict.
     ours = ("Expected ", "Error(s) in loading state_dict")
     return message if isinstance(error, (TypeError, ValueError, RuntimeError)) and message.startswith(ours) else None
 
 
 def _explain_override(error: OmegaConfBaseException) -> str | None:
-    """Name the key that an override may have meant."""
+    """Name the key that an override may have meant: a like one in its place, or the same in another place."""
     parent, key = error.parent_node, str(error.key)
     if not isinstance(parent, DictConfig):
         return None
     where = str(parent._get_full_key(None) or "")
-    known = [str(name) for name in parent if name != "hydra"]
-    near = difflib.get_close_matches(key, known, n=1)
-    if near:
-        meant = [f"{where}.{near[0]}" if where else near[0]]
-    else:  # the right name in the wrong place
-        meant = [path for path in _paths(parent._get_root()) if path.split(".")[-1] == key]
-    hint = f"; did you mean {' or '.join(map(repr, meant[:3]))}?" if meant else ""
-    place = f"`{where}`" if where else "the config's top"
-    return f"Expected {place} to hold keys among {', '.join(known)}, but got {key!r}{hint}".removesuffix(".")
+    known = [str(name) for name in parent if name not in ("hydra", *RESERVED)]
+    near = [f"{where}.{name}".lstrip(".") for name in difflib.get_close_matches(key, known, n=1)]
+    same = [path for path in _paths(parent._get_root()) if path.split(".")[-1] == key]
+    return _unknown(f"`{where}`" if where else "the config's top", key, near or same[:3], known)
 
 
 def _paths(node: Any, path: str = "") -> Iterator[str]:
@@ -197,15 +191,14 @@ def _paths(node: Any, path: str = "") -> Iterator[str]:
     for key, value in raw.items() if isinstance(raw, dict) else ():
         if not path and key == "hydra":
             continue
-        yield f"{path}{key}"
-        yield from _paths(value, f"{path}{key}.")
+        yield f"{path}{key!s}"
+        yield from _paths(value, f"{path}{key!s}.")
 
 
 def _explain_building(error: InstantiationException) -> str:
     """Say what a constructor did not take, and of which node."""
-    cause = error.__cause__
-    where = str(error).rpartition("full_key: ")[2] if "full_key: " in str(error) else ""
-    if isinstance(cause, ModuleNotFoundError) and where in ("wandb", "tensorboard"):
-        return f"Expected the package {where!r} for logger={where}, but it is not installed; run `pip install {where}`."
-    said = str(cause) if cause is not None else str(error)
-    return f"{said} (in `{where}`)" if where and cause is not None else said
+    cause, (said, _, where) = error.__cause__, str(error).partition("full_key: ")
+    package = where.split(".")[-1]
+    if isinstance(cause, ModuleNotFoundError) and where.startswith("logger."):
+        return f"Expected the package `{package}` for logger={package}, but it is missing: run `pip install {package}`."
+    return f"{str(cause or said).strip().rstrip('.')} (in `{where}`)." if where else said

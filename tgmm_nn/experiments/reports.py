@@ -21,7 +21,7 @@ from tgmm_nn.experiments.drawing import (
 from tgmm_nn.metrics import MatchedAccuracy
 from tgmm_nn.mixture import GaussianMixture
 
-__all__ = ["Row", "clustering_report", "clustering_scores", "format_table"]
+__all__ = ["Row", "clustering_report", "clustering_scores", "format_table", "if_started"]
 
 Row = dict[str, str | float]
 
@@ -104,7 +104,20 @@ def clustering_report(
         }
         methods[f"full mixture on {rows} (reg_covar=0.01)"] = GaussianMixture(k, x.shape[1], **how).fit_predict(x)
     _draw(gmm, z, x, y, image_shape, folder, seed, decode)
-    return [{"method": name, **clustering_scores(clusters, y)} for name, clusters in methods.items()]
+    table: list[Row] = [{"method": name, **clustering_scores(clusters, y)} for name, clusters in methods.items()]
+    return [if_started(gmm, table[0]), *table[1:]]
+
+
+def if_started(gmm: GaussianMixture, row: Row) -> Row:
+    """Return a mixture's row of a table; without its numbers, which mean nothing, where EM never started the mixture.
+
+    Example:
+        >>> if_started(GaussianMixture(2, 2), {"method": "mixture", "nmi": 0.5})
+        {'method': 'mixture: not started, EM never ran', 'nmi': ''}
+    """
+    if gmm.fitted_:
+        return row
+    return {**dict.fromkeys(row, ""), "method": f"{row['method']}: not started, EM never ran"}
 
 
 def format_table(rows: list[Row]) -> str:
@@ -119,7 +132,7 @@ def format_table(rows: list[Row]) -> str:
     names = list(rows[0])
     cells = [names] + [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    numeric = [isinstance(v, float) for v in rows[0].values()]
+    numeric = [any(isinstance(row[name], (float, int)) for row in rows) for name in names]
     return "\n".join(
         "  ".join(
             c.rjust(w) if right else c.ljust(w) for c, w, right in zip(line, widths, numeric, strict=True)

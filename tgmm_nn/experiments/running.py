@@ -58,8 +58,8 @@ def check_launcher(trainer: lightning.Trainer, *, in_sweep: bool) -> None:
         )
 
 
-def open_folder(folder: Path, config: str) -> None:
-    """Make a run's folder, and write its config.
+def open_folder(folder: Path, config: str) -> str:
+    """Make a run's folder, write ``config.yaml``, and return what it holds: the command, and each option.
 
     Raises:
         ValueError: If an earlier run's metrics lie there.
@@ -67,19 +67,20 @@ def open_folder(folder: Path, config: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "metrics.csv").exists():
         raise ValueError(f"Expected `hydra.run.dir` to be new, but {folder} holds the metrics of an earlier run.")
-    (folder / "config.yaml").write_text(f"# {_command(sys.argv)}\n{config}")
+    text = f"# {_command(sys.argv)}\n{config}"
+    (folder / "config.yaml").write_text(text)
+    return text
 
 
 def discard(folder: Path) -> None:
-    """Remove the folder of a run that never trained, with the folders above that this leaves empty."""
+    """Remove the folder of a run that never trained and, below the current folder, those above that are left empty."""
     if not folder.is_dir() or any(path.name not in BEFORE_TRAINING for path in folder.iterdir()):
         return
     shutil.rmtree(folder)
-    for above in folder.parents[:3]:  # the sweep's, those of the day and of the name
-        names = {path.name for path in above.iterdir()}
-        if above == Path.cwd() or not names <= {"multirun.yaml"}:
+    for above in folder.parents:
+        if Path.cwd() not in above.parents or any(above.iterdir()):
             return
-        shutil.rmtree(above)
+        above.rmdir()
 
 
 def fit(

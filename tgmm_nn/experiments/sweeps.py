@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from tgmm_nn.checks import check_string
 from tgmm_nn.experiments.reports import Row, format_table
@@ -19,11 +18,11 @@ from tgmm_nn.experiments.running import discard
 __all__ = ["SweepTable", "combine", "read_sweep"]
 
 
-class SweepTable(Callback):  # type: ignore[misc]
+class SweepTable(Callback):
     """Print a table at the end of a sweep, and write it as ``sweep.csv`` into the sweep's folder.
 
-    Each run left its ``results.csv``. Runs whose overrides are equal but for ``over`` are one line for each method, with
-    mean ± standard deviation (of a sample, ddof = 1) of every number.
+    Each run left its ``results.csv``. Runs whose overrides are equal but for ``over`` are one line for each method,
+    with mean ± standard deviation (of a sample, ddof = 1) of every number.
 
     Args:
         over: Key of the override over whose values means are taken.
@@ -55,7 +54,8 @@ class SweepTable(Callback):  # type: ignore[misc]
         (folder, over), cls._running = cls._running, None
         runs = read_sweep(folder)
         if not any(rows for _, rows in runs):
-            discard(folder)
+            for path in [*folder.glob("*/"), folder]:
+                discard(path)
             return
         table = combine(runs, over)
         names = list(dict.fromkeys(name for row in table for name in row))
@@ -71,8 +71,9 @@ class SweepTable(Callback):  # type: ignore[misc]
 def read_sweep(folder: Path) -> list[tuple[dict[str, str], list[dict[str, str]]]]:
     """Return the overrides of each run of a sweep, and the rows of its table; none where it came to no end."""
     runs = []
-    for file in sorted(folder.rglob(".hydra/overrides.yaml")):
-        overrides = dict(str(text).lstrip("+").split("=", 1) for text in yaml.safe_load(file.read_text()) if "=" in text)
+    files = folder.rglob(".hydra/overrides.yaml")
+    for file in sorted(files, key=lambda path: (len(str(path)), path)):  # run 2 before run 10
+        overrides = dict(str(text).lstrip("+").split("=", 1) for text in OmegaConf.load(file) if "=" in str(text))
         results = file.parents[1] / "results.csv"
         rows: list[dict[str, str]] = []
         if results.exists():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tgmm_nn.checks import check_integer, check_number
-from tgmm_nn.experiments.reports import Row, clustering_report, clustering_scores
+from tgmm_nn.experiments.reports import Row, clustering_report, clustering_scores, if_started
 from tgmm_nn.experiments.rows import RowsDataModule, check_components
 from tgmm_nn.mixture import GaussianMixture
 
@@ -99,8 +99,8 @@ class VariationalClustering(lightning.LightningModule):
             z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
             bound = evidence_lower_bound(x, self.decoder(z), self.noise, self.gmm(z), log_variance)
             loss = -bound.mean()
-            self.log("elbo", -loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(x))
-        self.log("loss", loss, on_step=False, on_epoch=True, batch_size=len(x))
+            self.log("elbo", -loss, on_step=False, on_epoch=True, sync_dist=True, prog_bar=True, batch_size=len(x))
+        self.log("loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(x))
         return loss
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -144,5 +144,5 @@ class VariationalClustering(lightning.LightningModule):
         x, y = data.sample()
         mean, _ = self(x.to(self.device))
         others = clustering_report(self.gmm, mean, x, y, data.image_shape, folder, seed, self.decoder)[1:]
-        rows: list[Row] = [{"method": name, **scores} for name, scores in ends.items() if scores]
+        rows: list[Row] = [if_started(self.gmm, {"method": name, **scores}) for name, scores in ends.items() if scores]
         return rows + [{**row, "elbo": "", "smallest weight": ""} for row in others]
