@@ -8,11 +8,12 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from tgmm_nn import GaussianMixture
 from tgmm_nn.experiments.contrastive import ContrastiveClustering, Encoder, RandomAffine, Rescale, nt_xent
-from tgmm_nn.experiments.digits import DigitsDataModule, LabelledDigitsDataModule, NeighbourPairs
+from tgmm_nn.experiments.digits import DigitsDataModule, LabelledDigitsDataModule
 from tgmm_nn.experiments.drawing import plot_metrics
 from tgmm_nn.experiments.heads import GenerativeClassifier, OutlierDetection, energy, softmax_score
 from tgmm_nn.experiments.networks import Perceptron
 from tgmm_nn.experiments.reports import clustering_scores, format_table
+from tgmm_nn.experiments.rows import NeighbourPairs
 from tgmm_nn.experiments.vade import VariationalClustering, evidence_lower_bound
 
 
@@ -36,7 +37,7 @@ def test_digits_are_shuffled_batches_of_pixels_in_unit_range():
     data.setup("fit")
     batches = list(data.train_dataloader())
     assert [len(b["x"]) for b in batches] == [256] * 7 + [5]
-    assert all(set(b) == {"x", "neighbour", "y"} for b in batches)
+    assert all(set(b) == {"x", "y"} for b in batches)  # no model that wants neighbours
     seen = torch.cat([b["x"] for b in batches])
     assert not torch.equal(seen, data.x)
     torch.testing.assert_close(seen.sum(0), data.x.sum(0))

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tgmm_nn.checks import check_number
-from tgmm_nn.experiments.digits import DigitsDataModule
 from tgmm_nn.experiments.networks import Perceptron
 from tgmm_nn.experiments.reports import Row, clustering_report
+from tgmm_nn.experiments.rows import RowsDataModule, check_components
 from tgmm_nn.mixture import GaussianMixture
 
-__all__ = ["ContrastiveClustering", "Encoder", "RandomAffine", "Rescale", "nt_xent"]
+__all__ = ["ContrastiveClustering", "Encoder", "FeatureNoise", "RandomAffine", "Rescale", "augmentation_of", "nt_xent"]
 
 
 class Encoder(nn.Module):
@@ -95,6 +95,56 @@ class RandomAffine(nn.Module):
         return torch.cat([linear, shift[:, :, None]], -1)
 
 
+class FeatureNoise(nn.Module):
+    """Add Gaussian noise to rows, to each feature in proportion to its standard deviation in the batch.
+
+    Args:
+        noise: Standard deviation of the noise over that of the feature; 0 leaves rows as they are.
+
+    Example:
+        >>> rows = torch.randn(5000, 2) * torch.tensor([1.0, 100.0])
+        >>> (FeatureNoise(0.1)(rows) - rows).std(0).div(rows.std(0)).round(decimals=1)
+        tensor([0.1000, 0.1000])
+    """
+
+    def __init__(self, noise: float = 0.1) -> None:
+        super().__init__()
+        check_number("noise", noise)
+        self.noise = noise
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return noisy rows of the same shape."""
+        return x + self.noise * x.std(0, correction=0) * torch.randn_like(x)
+
+
+def augmentation_of(
+    image_shape: Sequence[int] | None,
+    *,
+    shift: float = 0.5,
+    degrees: float = 5.0,
+    scale: float = 0.1,
+    shear: float = 0.1,
+    noise: float = 0.1,
+) -> nn.Module:
+    """Return what augments rows: `RandomAffine` where they are images, else `FeatureNoise`.
+
+    Args:
+        image_shape: Height and width of images; None where rows are none.
+        shift: Of images; largest shift in pixels.
+        degrees: Of images; largest rotation.
+        scale: Of images; largest relative change of size.
+        shear: Of images; largest shear.
+        noise: Of other rows; standard deviation of noise over that of the feature.
+
+    Example:
+        >>> augmentation_of([8, 8]), augmentation_of(None)
+        (RandomAffine(), FeatureNoise())
+    """
+    if image_shape is None:
+        return FeatureNoise(noise)
+    return RandomAffine(image_shape, shift=shift, degrees=degrees, scale=scale, shear=shear)
+
+
 def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
     r"""Return the normalised temperature-scaled cross-entropy of two views of a batch.
 
@@ -137,6 +187,8 @@ class ContrastiveClustering(lightning.LightningModule):
         weight_decay: Of Adam.
     """
 
+    wants_neighbours = True
+
     def __init__(
         self,
         encoder: nn.Module,
@@ -160,18 +212,14 @@ class ContrastiveClustering(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         """Raise if the data have fewer rows than the mixture has components, before any time is spent."""
-        rows = getattr(getattr(self.trainer, "datamodule", None), "x", None)
-        if rows is not None and len(rows) < self.gmm.n_components:
-            raise ValueError(
-                f"Expected `n_components` of at most the {len(rows)} rows, but got {self.gmm.n_components}."
-            )
+        check_components(self.gmm, getattr(self.trainer, "datamodule", None))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return NT-Xent of two views; pass the clean rows by the mixture."""
         views = torch.cat([self.augmentation(batch["x"]), self.augmentation(batch["neighbour"])])
         first, second = self.encoder(views).chunk(2)
         loss = nt_xent(first, second, self.temperature)
-        self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch["x"]))
+        self.log("loss", loss, on_step=False, on_epoch=True, sync_dist=True, prog_bar=True, batch_size=len(batch["x"]))
         with torch.no_grad():
             self(batch["x"])
         return loss
@@ -186,7 +234,8 @@ class ContrastiveClustering(lightning.LightningModule):
         return torch.optim.Adam(self.encoder.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
 
     @torch.no_grad()
-    def report(self, data: DigitsDataModule, folder: Path, seed: int) -> list[Row]:
+    def report(self, data: RowsDataModule, folder: Path, seed: int) -> list[Row]:
         """Score the mixture that training carried along beside its baselines, and draw what it found."""
         self.eval()
-        return clustering_report(self.gmm, self(data.x.to(self.device)), data.x, data.y, data.image_shape, folder, seed)
+        x, y = data.sample()
+        return clustering_report(self.gmm, self(x.to(self.device)), x, y, data.image_shape, folder, seed)

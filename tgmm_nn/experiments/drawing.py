@@ -57,7 +57,9 @@ def draw_density(gmm: GaussianMixture, z: Tensor, folder: Path, score: OutlierSc
 
 def draw_contingency(clusters: Tensor, y: Tensor, n_clusters: int, folder: Path) -> None:
     """Write ``contingency.png``: rows by component and class, components ordered by their most frequent class."""
-    table = Contingency(n_clusters, int(y.max()) + 1)(clusters.cpu(), y.cpu())
+    clusters, y = clusters.cpu(), y.cpu()
+    clusters, y = clusters[y >= 0], y[y >= 0]  # a negative label is none
+    table = Contingency(n_clusters, int(y.max()) + 1)(clusters, y)
     most, classes = table.max(1)
     order = sorted(range(n_clusters), key=lambda k: (int(classes[k]), -int(most[k])))
     title = f"Of {len(y):,} rows {int(most.sum()):,} are of their component's most frequent class"
@@ -67,9 +69,11 @@ def draw_contingency(clusters: Tensor, y: Tensor, n_clusters: int, folder: Path)
 
 
 def draw_components(
-    gmm: GaussianMixture, images: Tensor, image_shape: tuple[int, int], folder: Path, what: str
+    gmm: GaussianMixture, images: Tensor, image_shape: tuple[int, int] | None, folder: Path, what: str
 ) -> None:
-    """Write ``components.png``: an image of each component, rows of pixels ``(K, height · width)``."""
+    """Write ``components.png``: an image of each component, rows of pixels ``(K, height · width)``; none of others."""
+    if image_shape is None:
+        return
     titles = [f"component {k}\n{100 * weight:.1f} %" for k, weight in enumerate(gmm.weights_.tolist())]
     started = "" if gmm.fitted_ else " (mixture not started: all components are alike)"
     axes = plot_images(

@@ -1,4 +1,4 @@
-"""Density heads on a classifier of digits: which inputs it does not know, and mixtures in place of a softmax layer."""
+"""Density heads on a classifier: which inputs it does not know, and mixtures in place of a softmax layer."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from torch.nn import functional as F
 
 from tgmm_nn.checks import check_number
 from tgmm_nn.classifier import MixtureClassifier
-from tgmm_nn.experiments.digits import LabelledDigitsDataModule
 from tgmm_nn.experiments.drawing import draw_components, draw_contingency, draw_density, draw_latent, draw_samples
-from tgmm_nn.experiments.reports import Row
+from tgmm_nn.experiments.reports import Row, if_started
+from tgmm_nn.experiments.rows import RowsDataModule
 from tgmm_nn.metrics import Contingency, detection_scores
 from tgmm_nn.mixture import GaussianMixture
 from tgmm_nn.outliers import OutlierScore
 from tgmm_nn.plotting import plot_contingency, plot_scores, save
+
+FIRST = "log-density, a Gaussian for each class"
 
 __all__ = ["GenerativeClassifier", "OutlierDetection", "energy", "softmax_score"]
 
@@ -55,6 +57,15 @@ class _DensityHead(lightning.LightningModule):
         self.encoder, self.density = encoder, density
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
 
+    def on_fit_start(self) -> None:
+        """Raise if no row is held out to be scored on, before any time is spent."""
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, RowsDataModule) and not len(data.test):
+            raise ValueError(
+                f"Expected `test_size`, the share of {data.rows.source} to hold out and score on, but got None; set "
+                "data.test_size=0.3."
+            )
+
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the features of a batch."""
         features: Tensor = self.encoder(batch["x"])
@@ -66,7 +77,7 @@ class _DensityHead(lightning.LightningModule):
 
 
 class OutlierDetection(_DensityHead):
-    """Classify digits, and tell by a density of the features which rows are of no known class.
+    """Classify rows, and tell by a density of the features which rows are of no known class.
 
     The features are learned by cross-entropy and reconstruction: what a classifier alone keeps says little of rows that
     it was not made for. The density is a Gaussian for each class, which `EMCallback` learns while the network trains.
@@ -95,27 +106,37 @@ class OutlierDetection(_DensityHead):
         self.decoder, self.reconstruction = decoder, reconstruction
         self.head = nn.Linear(density.n_features, density.n_classes)
 
+    def on_fit_start(self) -> None:
+        """Raise if there is nothing to be told apart, before any time is spent."""
+        super().on_fit_start()
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, RowsDataModule) and not len(data.unknown):
+            raise ValueError(
+                f"Expected `n_classes` below the classes of {data.rows.source}, so that rows of the others can "
+                f"be told apart, but got {data.n_classes}; set data.n_classes."
+            )
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return cross-entropy and reconstruction."""
         z = self.encoder(batch["x"])
         error = (self.decoder(z) - batch["x"]).square().sum(-1).mean()
         loss = F.cross_entropy(self.head(z), batch["y"]) + self.reconstruction * error
-        self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(z))
+        self.log("loss", loss, on_step=False, on_epoch=True, sync_dist=True, prog_bar=True, batch_size=len(z))
         return loss
 
     @torch.no_grad()
-    def report(self, data: LabelledDigitsDataModule, folder: Path, seed: int) -> list[Row]:
-        """Score held-out digits of known classes against the others, beside the baselines, and draw the scores."""
+    def report(self, data: RowsDataModule, folder: Path, seed: int) -> list[Row]:
+        """Score held-out rows of known classes against the others, beside the baselines, and draw the scores."""
         self.eval()
         pixels = [part.to(self.device) for part in (data.x, data.x_test, data.x_unknown)]
         train, test, unknown = (self.encoder(part) for part in pixels)
         y_test = data.y_test.to(self.device)
         how: dict[str, Any] = {"reg_covar": 1e-2, "random_state": seed, "max_iter": 300}
-        free = GaussianMixture(3 * data.n_classes, train.shape[1], **how).fit(
+        free = GaussianMixture(3 * self.density.n_classes, train.shape[1], **how).fit(
             train, sync=False
         )  # each rank has all rows
         single = GaussianMixture(1, train.shape[1], **how).fit(train, sync=False)
-        raw = MixtureClassifier(data.n_classes, data.x.shape[1], **how).fit(pixels[0], data.y, sync=False)
+        raw = MixtureClassifier(self.density.n_classes, data.n_features, **how).fit(pixels[0], data.y, sync=False)
         logits, classes = (self.head(test), self.head(unknown)), self.density.predict(test)
         accuracy = float((classes == y_test).float().mean())
         of_softmax = float((logits[0].argmax(-1) == y_test).float().mean())
@@ -123,7 +144,7 @@ class OutlierDetection(_DensityHead):
         scores = {name: OutlierScore(self.density, name) for name in ("mahalanobis", "relative_mahalanobis")}
         own = OutlierScore(self.density)
         methods: dict[str, tuple[Tensor, Tensor, float | str]] = {
-            "log-density, a Gaussian for each class": (own(test), own(unknown), accuracy),
+            FIRST: (own(test), own(unknown), accuracy),
             f"log-density, {free.n_components} components without labels": (-free(test), -free(unknown), ""),
             **{name.replace("_", " "): (score(test), score(unknown), "") for name, score in scores.items()},
             "maximum softmax probability": (softmax_score(logits[0]), softmax_score(logits[1]), of_softmax),
@@ -136,27 +157,30 @@ class OutlierDetection(_DensityHead):
             ),
         }
         self._draw(own.calibrate(test), test, unknown, data, folder, seed)
-        return [
-            {"method": name, **detection_scores(inside, outside), "accuracy": right}
+        rows: dict[str, Row] = {
+            name: {"method": name, **detection_scores(inside, outside), "accuracy": right}
             for name, (inside, outside, right) in methods.items()
-        ]
+        }
+        of_mixture = (FIRST, *(name.replace("_", " ") for name in scores))
+        return [if_started(self.density.mixture, row) if name in of_mixture else row for name, row in rows.items()]
 
     def _draw(
         self,
         score: OutlierScore,
         test: Tensor,
         unknown: Tensor,
-        data: LabelledDigitsDataModule,
+        data: RowsDataModule,
         folder: Path,
         seed: int,
     ) -> None:
-        """Draw scores, the features of known and other digits, and what the decoder makes of the densities."""
-        gmm, other = self.density.mixture, torch.full((len(unknown),), data.n_classes)
-        groups = {"known digits, held out": score(test), "other digits": score(unknown)}
+        """Draw scores, the features of known and other classes, and what the decoder makes of the densities."""
+        gmm, other = self.density.mixture, torch.full((len(unknown),), self.density.n_classes)
+        groups = {"known classes, held out": score(test), "other classes": score(unknown)}
         title = "Outlier scores: how unlikely the features are"
         scores = plot_scores(groups, threshold=float(score.threshold), xlabel="−log p(x), nats", title=title)
         save(scores, folder / "outliers.png")
-        names = {**{c: f"digit {c}" for c in range(data.n_classes)}, data.n_classes: "other digits"}
+        n_classes = self.density.n_classes
+        names = {**{c: f"class {c}" for c in range(n_classes)}, n_classes: "other classes"}
         z = torch.cat([test, unknown])
         draw_latent(gmm, z, torch.cat([data.y_test, other]), folder, names)
         draw_density(gmm, z, folder, score)
@@ -194,18 +218,18 @@ class GenerativeClassifier(_DensityHead):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the cross-entropy of both classifiers, which share no parameter."""
         loss = F.cross_entropy(self.density(self.encoder(batch["x"])), batch["y"])
-        self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch["x"]))
+        self.log("loss", loss, on_step=False, on_epoch=True, sync_dist=True, prog_bar=True, batch_size=len(batch["x"]))
         return loss + F.cross_entropy(self.softmax(batch["x"]), batch["y"])
 
     @torch.no_grad()
-    def report(self, data: LabelledDigitsDataModule, folder: Path, seed: int) -> list[Row]:
+    def report(self, data: RowsDataModule, folder: Path, seed: int) -> list[Row]:
         """Compare the two on held-out rows, and draw features and confusions."""
         self.eval()
         x, y = data.x_test.to(self.device), data.y_test.to(self.device)
         z = self.encoder(x)
         logits = {"mixture for each class": self.density(z), "softmax layer": self.softmax(x)}
         self._draw(z, data, folder, seed)
-        return [
+        rows: list[Row] = [
             {
                 "method": name,
                 "accuracy": float((values.argmax(-1) == y).float().mean()),
@@ -214,13 +238,14 @@ class GenerativeClassifier(_DensityHead):
             }
             for name, values in logits.items()
         ]
+        return [if_started(self.density.mixture, rows[0]), *rows[1:]]
 
-    def _draw(self, z: Tensor, data: LabelledDigitsDataModule, folder: Path, seed: int) -> None:
-        """Draw held-out features, which digits are taken for which, and an image of each component."""
+    def _draw(self, z: Tensor, data: RowsDataModule, folder: Path, seed: int) -> None:
+        """Draw held-out features, which classes are taken for which, and an image of each component."""
         gmm, y = self.density.mixture, data.y_test
         predicted = self.density.predict(z).cpu()
-        confusion = Contingency(data.n_classes, data.n_classes)(predicted, y)
-        title = f"Held-out digits, {int((predicted == y).sum())} of {len(y)} right"
+        confusion = Contingency(self.density.n_classes, self.density.n_classes)(predicted, y)
+        title = f"Held-out rows, {int((predicted == y).sum())} of {len(y)} right"
         ax = plot_contingency(confusion, ylabel="predicted class", xlabel="true class", title=title)
         save(ax, folder / "classes.png")
         draw_latent(gmm, z, y, folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from sklearn.cluster import KMeans
@@ -20,14 +21,38 @@ from tgmm_nn.experiments.drawing import (
 from tgmm_nn.metrics import MatchedAccuracy
 from tgmm_nn.mixture import GaussianMixture
 
-__all__ = ["Row", "clustering_report", "clustering_scores", "format_table"]
+__all__ = ["Row", "clustering_report", "clustering_scores", "format_table", "if_started"]
 
 Row = dict[str, str | float]
 
+# Of a full mixture of the rows themselves: of more, its covariances take minutes, and more rows than there are.
+MOST_FEATURES = 128
 
-def clustering_scores(clusters: Tensor, y: Tensor) -> dict[str, float]:
-    """Return accuracy after optimal matching, normalised mutual information and adjusted Rand index of labels."""
-    clusters, y = clusters.cpu(), y.cpu()
+
+def clustering_scores(clusters: Tensor, y: Tensor | None) -> dict[str, float]:
+    """Return how clusters agree with classes or, without classes, how rows are spread over the clusters.
+
+    Args:
+        clusters: Cluster of each row, shape ``(N,)``.
+        y: Class of each row, negative where it has none, shape ``(N,)``; None where no row has.
+
+    Returns:
+        ``accuracy`` after optimal matching, normalised mutual information ``nmi`` and adjusted Rand index ``ari``; or
+        the exponential of the entropy of the clusters' shares, ``effective clusters``, and the ``largest share``.
+
+    Example:
+        >>> clustering_scores(torch.tensor([0, 0, 1, 1]), None)
+        {'effective clusters': 2.0, 'largest share': 0.5}
+    """
+    clusters = clusters.cpu()
+    if y is None:
+        share = clusters.bincount() / len(clusters)
+        return {
+            "effective clusters": float(torch.special.entr(share).sum().exp()),
+            "largest share": float(share.max()),
+        }
+    known = y.cpu() >= 0
+    clusters, y = clusters[known], y.cpu()[known]
     accuracy = MatchedAccuracy(int(clusters.max()) + 1, int(y.max()) + 1)
     return {
         "accuracy": float(accuracy(clusters, y)),
@@ -40,8 +65,8 @@ def clustering_report(
     gmm: GaussianMixture,
     z: Tensor,
     x: Tensor,
-    y: Tensor,
-    image_shape: tuple[int, int],
+    y: Tensor | None,
+    image_shape: tuple[int, int] | None,
     folder: Path,
     seed: int,
     decode: Callable[[Tensor], Tensor] | None = None,
@@ -51,28 +76,48 @@ def clustering_report(
     Args:
         gmm: Fitted mixture of the embeddings.
         z: Embeddings, shape ``(N, d)``.
-        x: Images as rows, shape ``(N, height · width)``.
-        y: Classes, for scoring only, shape ``(N,)``.
-        image_shape: Height and width.
+        x: What was embedded, shape ``(N, D)``; the same tensor as ``z`` where rows are embeddings already.
+        y: Classes, for scoring only, shape ``(N,)``; None where there are none.
+        image_shape: Height and width where rows are images.
         folder: Where the pictures go.
         seed: Seed of the baselines and of samples.
         decode: Network from embeddings to images, where there is one.
 
     Returns:
-        A row for each method with ``method``, ``accuracy``, ``nmi`` and ``ari``.
+        A row for each method with ``method`` and its `clustering_scores`. A full mixture of the rows themselves is
+        among them up to 128 features.
     """
-    k = gmm.n_components
-    pixel_mixture = GaussianMixture(
-        k, x.shape[1], n_init=10, reg_covar=1e-2, max_iter=500, random_state=seed, dtype=torch.float64
-    )
+    k, rows = gmm.n_components, "rows" if image_shape is None else "pixels"
     methods = {
         f"mixture carried through training ({gmm.covariance_type})": gmm.predict(z),
         "k-means on the embeddings": _kmeans(z, k, seed),
-        "k-means on pixels": _kmeans(x, k, seed),
-        "full mixture on pixels (reg_covar=0.01)": pixel_mixture.fit_predict(x),
     }
+    if x is not z:
+        methods[f"k-means on {rows}"] = _kmeans(x, k, seed)
+    if x is not z and x.shape[1] <= MOST_FEATURES:
+        how: dict[str, Any] = {
+            "n_init": gmm.n_init,
+            "reg_covar": 1e-2,
+            "max_iter": 500,
+            "random_state": seed,
+            "dtype": torch.float64,
+        }
+        methods[f"full mixture on {rows} (reg_covar=0.01)"] = GaussianMixture(k, x.shape[1], **how).fit_predict(x)
     _draw(gmm, z, x, y, image_shape, folder, seed, decode)
-    return [{"method": name, **clustering_scores(clusters, y)} for name, clusters in methods.items()]
+    table: list[Row] = [{"method": name, **clustering_scores(clusters, y)} for name, clusters in methods.items()]
+    return [if_started(gmm, table[0]), *table[1:]]
+
+
+def if_started(gmm: GaussianMixture, row: Row) -> Row:
+    """Return a mixture's row of a table; without its numbers, which mean nothing, where EM never started the mixture.
+
+    Example:
+        >>> if_started(GaussianMixture(2, 2), {"method": "mixture", "nmi": 0.5})
+        {'method': 'mixture: not started, EM never ran', 'nmi': ''}
+    """
+    if gmm.fitted_:
+        return row
+    return {**dict.fromkeys(row, ""), "method": f"{row['method']}: not started, EM never ran"}
 
 
 def format_table(rows: list[Row]) -> str:
@@ -87,7 +132,7 @@ def format_table(rows: list[Row]) -> str:
     names = list(rows[0])
     cells = [names] + [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    numeric = [isinstance(v, float) for v in rows[0].values()]
+    numeric = [any(isinstance(row[name], (float, int)) for row in rows) for name in names]
     return "\n".join(
         "  ".join(
             c.rjust(w) if right else c.ljust(w) for c, w, right in zip(line, widths, numeric, strict=True)
@@ -105,8 +150,8 @@ def _draw(
     gmm: GaussianMixture,
     z: Tensor,
     x: Tensor,
-    y: Tensor,
-    image_shape: tuple[int, int],
+    y: Tensor | None,
+    image_shape: tuple[int, int] | None,
     folder: Path,
     seed: int,
     decode: Callable[[Tensor], Tensor] | None,
@@ -114,8 +159,8 @@ def _draw(
     """Write the pictures of a clustering."""
     draw_latent(gmm, z, y, folder)
     draw_density(gmm, z, folder)
-    if gmm.fitted_:
-        draw_contingency(gmm.predict(z), y, gmm.n_components, folder)
+    if gmm.fitted_ and y is not None:
+        draw_contingency(gmm.predict(z).cpu(), y.cpu(), gmm.n_components, folder)
     r = gmm.predict_proba(z).to(x)
     images = r.mT @ x / r.sum(0).clamp(min=1e-12)[:, None]
     draw_components(gmm, images, image_shape, folder, "Mean image")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tgmm_nn.checks import check_integer, check_number
-from tgmm_nn.experiments.digits import DigitsDataModule
-from tgmm_nn.experiments.reports import Row, clustering_report, clustering_scores
+from tgmm_nn.experiments.reports import Row, clustering_report, clustering_scores, if_started
+from tgmm_nn.experiments.rows import RowsDataModule, check_components
 from tgmm_nn.mixture import GaussianMixture
 
 __all__ = ["VariationalClustering", "evidence_lower_bound"]
@@ -85,6 +85,10 @@ class VariationalClustering(lightning.LightningModule):
         mean, log_variance = self.encoder(x).chunk(2, -1)
         return self.latent(mean), log_variance.clamp(-8.0, 4.0)
 
+    def on_fit_start(self) -> None:
+        """Raise if the data have fewer rows than the mixture has components, before any time is spent."""
+        check_components(self.gmm, getattr(self.trainer, "datamodule", None))
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the error of reconstruction, and later minus the evidence lower bound."""
         x = batch["x"]
@@ -95,9 +99,14 @@ class VariationalClustering(lightning.LightningModule):
             z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
             bound = evidence_lower_bound(x, self.decoder(z), self.noise, self.gmm(z), log_variance)
             loss = -bound.mean()
-            self.log("elbo", -loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(x))
-        self.log("loss", loss, on_step=False, on_epoch=True, batch_size=len(x))
+            self.log("elbo", -loss, on_step=False, on_epoch=True, sync_dist=True, prog_bar=True, batch_size=len(x))
+        self.log("loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(x))
         return loss
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Return the means of the codes of a batch, which the mixture clusters."""
+        mean: Tensor = self(batch["x"])[0]
+        return mean
 
     def on_train_epoch_end(self) -> None:
         """Remember how the mixture does at its start."""
@@ -110,28 +119,30 @@ class VariationalClustering(lightning.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
 
     @torch.no_grad()
-    def _scores(self, data: DigitsDataModule) -> dict[str, float]:
+    def _scores(self, data: RowsDataModule) -> dict[str, float]:
         """Return how the mixture clusters the means of the codes, and the evidence lower bound with the codes drawn."""
-        x = data.x.to(self.device)
+        x, y = data.sample()
+        x = x.to(self.device)
         mean, log_variance = self(x)
         noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0)).to(mean)
         z = mean + (0.5 * log_variance).exp() * noise
         bound = evidence_lower_bound(x, self.decoder(z), self.noise, self.gmm(z), log_variance)
         return {
-            **clustering_scores(self.gmm.predict(mean), data.y),
+            **clustering_scores(self.gmm.predict(mean), y),
             "elbo": float(bound.mean()),
             "smallest weight": float(self.gmm.weights_.min()),
         }
 
     @torch.no_grad()
-    def report(self, data: DigitsDataModule, folder: Path, seed: int) -> list[Row]:
+    def report(self, data: RowsDataModule, folder: Path, seed: int) -> list[Row]:
         """Compare the mixture with its start and with k-means, and draw what it found."""
         self.eval()
         ends: dict[str, dict[str, float]] = {
             "mixture at its end": self._scores(data),
             "mixture at its start": self.start,
         }
-        mean, _ = self(data.x.to(self.device))
-        others = clustering_report(self.gmm, mean, data.x, data.y, data.image_shape, folder, seed, self.decoder)[1:]
-        rows: list[Row] = [{"method": name, **scores} for name, scores in ends.items() if scores]
+        x, y = data.sample()
+        mean, _ = self(x.to(self.device))
+        others = clustering_report(self.gmm, mean, x, y, data.image_shape, folder, seed, self.decoder)[1:]
+        rows: list[Row] = [if_started(self.gmm, {"method": name, **scores}) for name, scores in ends.items() if scores]
         return rows + [{**row, "elbo": "", "smallest weight": ""} for row in others]
