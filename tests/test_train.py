@@ -139,6 +139,7 @@ def test_a_run_that_breaks_off_says_the_command_that_goes_on_from_its_last_check
     assert getattr(stop.value, "code", 1) not in (0, None)
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_first_epoch_leaves_a_checkpoint_and_the_printed_command_resumes(tmp_path):
     """A process of its own, to which the signal is sent while it trains."""
     overrides = [*DEBUG, "data.batch_size=2", "trainer.limit_train_batches=1.0", "trainer.max_epochs=1"]
@@ -248,6 +249,7 @@ def test_a_sweep_that_cannot_work_is_refused_and_leaves_nothing(swept, message, 
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_in_parallel_by_joblib(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     swept = ["-m", "seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=sweep"]
