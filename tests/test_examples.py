@@ -37,6 +37,39 @@ def test_an_example_runs_and_says_what_it_did(script, capsys, monkeypatch, tmp_p
     assert len(capsys.readouterr().out.splitlines()) > 1
 
 
+def run(name, capsys, monkeypatch, folder):
+    """Run an example and return the lines that it prints."""
+    monkeypatch.chdir(folder)
+    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_example_of_priors_shows_that_they_save_few_rows(capsys, monkeypatch, tmp_path):
+    lines = run("priors.py", capsys, monkeypatch, tmp_path)
+    scores = {re.split(r" {2,}", line)[0]: [float(n) for n in line.split()[-3:]] for line in lines[3:7]}
+    (_, lost, at_the_floor), (_, wishart, wide), (_, both, _), (_, best, _) = scores.values()
+    assert at_the_floor == pytest.approx(1e-3, rel=0.01)  # the root of reg_covar
+    assert lost < -1000 < min(wishart, both) <= max(wishart, both) < best
+    assert wide > 0.1
+
+
+def test_the_example_of_a_stream_shows_which_share_follows_and_which_averages(capsys, monkeypatch, tmp_path):
+    table = [[float(n) for n in line.split()[-2:]] for line in run("stream.py", capsys, monkeypatch, tmp_path)[3:8]]
+    resting, moving = zip(*table, strict=True)
+    assert min(resting) == resting[4]  # all batches alike
+    assert min(moving) == moving[1]  # a constant share
+    assert moving[4] == max(moving)
+
+
+def test_the_gallery_of_samples_is_a_picture_of_shells_within_their_radii(capsys, monkeypatch, tmp_path):
+    lines = run("sampling_gallery.py", capsys, monkeypatch, tmp_path)
+    largest = [float(line.split()[-1]) for line in lines[1:6]]
+    assert largest[2] <= 1.18  # half of a Gaussian in two dimensions: the root of 2 log 2
+    assert largest[3] <= 2.2
+    assert largest[4] > 3.0
+    assert (tmp_path / "sampling_gallery.png").read_bytes().startswith(b"\x89PNG")
+
+
 FIT = [str(ROOT / "examples" / "fit_distributed.py"), "shards"]
 RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 HOW = {"text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}}
