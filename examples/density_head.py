@@ -1,4 +1,7 @@
-"""A density head on a network of your own: which class, and how typical, from one module: ``python examples/density_head.py``."""
+"""A density head on a network of your own: which class, and how typical, from one module.
+
+python examples/density_head.py
+"""
 
 import torch
 from sklearn.datasets import load_digits

@@ -110,9 +110,8 @@ def main():
         trainer = lightning.Trainer(max_epochs=left, callbacks=callback, **how)
         trainer.fit(Embedded(gmm, arguments.checkpoint), shards)
     if dist.get_rank() == 0:
-        print(
-            f"{dist.get_world_size()} processes, {len(files)} shards, weights {[round(w, 3) for w in gmm.weights_.tolist()]}"
-        )
+        weights = [round(weight, 3) for weight in gmm.weights_.tolist()]
+        print(f"{dist.get_world_size()} processes, {len(files)} shards, weights {weights}")
     dist.destroy_process_group()
 
 
