@@ -1,4 +1,7 @@
-"""A density head on a network of your own: which class, and how typical, from one module."""
+"""A density head on a network of your own: which class, and how typical, from one module.
+
+python examples/density_head.py
+"""
 
 import torch
 from sklearn.datasets import load_digits
@@ -29,4 +32,4 @@ density = MixtureClassifier(n_classes=5, n_features=16, reg_covar=1e-2).fit(z[tr
 score = OutlierScore(density).calibrate(z[held], quantile=0.95)
 print(f"accuracy of the densities: {(density.predict(z[test]) == y[test]).float().mean():.3f}")
 print(f"told apart: {score.is_outlier(z[foreign]).float().mean():.3f} of the digits 5 to 9")
-print(detection_scores(score(z[test]), score(z[foreign])))
+print({name: round(value, 3) for name, value in detection_scores(score(z[test]), score(z[foreign])).items()})

@@ -50,7 +50,8 @@ def save(gmm, file):
     if dist.get_rank() == 0:
         gmm.save(file.with_suffix(".tmp"))
         os.replace(file.with_suffix(".tmp"), file)
-        print(f"iteration {int(gmm.n_updates)}, means {gmm.means_[:, 0].tolist()}", flush=True)
+        means = [round(mean, 4) for mean in gmm.means_[:, 0].tolist()]
+        print(f"iteration {int(gmm.n_updates)}, first feature of the means {means}", flush=True)
 
 
 class Embedded(lightning.LightningModule):
@@ -109,7 +110,8 @@ def main():
         trainer = lightning.Trainer(max_epochs=left, callbacks=callback, **how)
         trainer.fit(Embedded(gmm, arguments.checkpoint), shards)
     if dist.get_rank() == 0:
-        print(f"{dist.get_world_size()} processes, {len(files)} shards, weights {gmm.weights_.tolist()}")
+        weights = [round(weight, 3) for weight in gmm.weights_.tolist()]
+        print(f"{dist.get_world_size()} processes, {len(files)} shards, weights {weights}")
     dist.destroy_process_group()
 
 

@@ -52,12 +52,14 @@ SCORES: dict[str, Callable[[MixtureDensity, Any], Tensor]] = {
 class OutlierScore(nn.Module):
     r"""How far rows are from what a mixture has seen; larger is more out of distribution.
 
-    | ``score`` | value |
-    |---|---|
-    | ``"log_density"`` | :math:`-\log p(x)`, in nats |
-    | ``"max_component"`` | :math:`-\max_k \log \pi_k N(x; \mu_k, \Sigma_k)`, in nats |
-    | ``"mahalanobis"`` | :math:`\min_k d_k^2(x)`, :math:`d_k^2(x) = (x - \mu_k)^\top \Sigma_k^{-1} (x - \mu_k)` |
-    | ``"relative_mahalanobis"`` | :math:`\min_k d_k^2(x) - d_0^2(x)`, 0 being the Gaussian with the mixture's moments |
+    ==========================  ====================================================================================
+    ``score``                   value
+    ==========================  ====================================================================================
+    ``"log_density"``           :math:`-\log p(x)`, in nats
+    ``"max_component"``         :math:`-\max_k \log \pi_k N(x; \mu_k, \Sigma_k)`, in nats
+    ``"mahalanobis"``           :math:`\min_k d_k^2(x)`, :math:`d_k^2(x) = (x - \mu_k)^\top \Sigma_k^{-1} (x - \mu_k)`
+    ``"relative_mahalanobis"``  :math:`\min_k d_k^2(x) - d_0^2(x)`, 0 being the Gaussian with the mixture's moments
+    ==========================  ====================================================================================
 
     The last factorises the whole covariance at each call, and is the only one that has no ONNX form.
 

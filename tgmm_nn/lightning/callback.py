@@ -91,7 +91,7 @@ class EMCallback(lightning.Callback):
             by ``predict_step`` in evaluation mode: all are then embeddings of the same network.
         init: How a fresh mixture starts: by its ``"initialize"``, or by a whole ``"fit"`` of its ``n_init`` starts.
         init_samples: Rows over all ranks that start a fresh mixture.
-        assignment: How rows are shared: ``"soft"``ly, ``"hard"`` as in classification EM, or by ``"sinkhorn"``, which
+        assignment: How rows are shared: ``"soft"``, ``"hard"`` as in classification EM, or by ``"sinkhorn"``, which
             gives each component its share. None leaves it to the mixture's ``cem``.
         epsilon: Entropic regularisation of ``"sinkhorn"``, in nats.
         sinkhorn_iterations: Iterations of ``"sinkhorn"``.
