@@ -242,7 +242,7 @@ def test_links_and_examples_that_a_page_names_exist(page):
 
 def test_the_commands_of_the_readme_are_those_of_ci():
     readme = PAGES[0].read_text()
-    command = 'pip install -e ".[test]" && pytest'
+    command = 'pip install -e ".[test]" && pytest -n auto'
     assert command in readme
     assert command in (ROOT / ".ci" / "run").read_text().splitlines()
     assert "pip install -e . && python train.py" in readme
