@@ -465,13 +465,13 @@ def test_a_start_by_fit_is_em_to_convergence_from_several_starts():
     assert_same_state(state(model.gmm), state(by_hand))
 
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-SCHEMES = re.findall(r"^\| ([^|]+) \| `(\w+=[^`]+)` \|$", README, re.MULTILINE)
+PAGE = (Path(__file__).parents[1] / ".github" / "EMCALLBACK.md").read_text()
+SCHEMES = re.findall(r"^\| ([^|]+) \| `(\w+=[^`]+)` \|$", PAGE, re.MULTILINE)
 
 
 @pytest.mark.parametrize(("scheme", "options"), SCHEMES, ids=[scheme for scheme, _ in SCHEMES])
 def test_schemes_of_the_literature_are_options(scheme, options):
-    """As the README writes them, on fewer rows; what each does is tested piece by piece above."""
+    """As the page on the callback writes them, on fewer rows; what each does is tested piece by piece above."""
     model = Toy()
     chosen = eval(f"dict({options})") | {"init_samples": 20}
     trainer(EMCallback(**chosen), max_epochs=3).fit(model, loader())
@@ -480,7 +480,7 @@ def test_schemes_of_the_literature_are_options(scheme, options):
     assert int(model.gmm.n_updates) > 0
 
 
-def test_the_readme_has_schemes_for_networks_with_mixtures_inside():
+def test_the_page_has_schemes_for_networks_with_mixtures_inside():
     assert len(SCHEMES) == 5
     assert all(any(name in scheme for scheme, _ in SCHEMES) for name in ("GMMSeg", "DeepDPM", "VaDE"))
 
