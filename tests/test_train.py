@@ -75,7 +75,10 @@ def table(folder):
 def test_a_run_writes_what_the_readme_lists_and_resumes(train, capsys):
     folder = train(*QUICK, "gmm.covariance_type=tied_full", "gmm.n_components=8", "seed=3")
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    pictures = {"latent.png", "components.png", "curves.png", "latent_epoch_0000.png", "latent_epoch_0002.png"}
+    pictures = {
+        *(f"{name}.png" for name in ("latent", "density", "contingency", "components", "samples", "weights", "curves")),
+        *("latent_epoch_0000.png", "latent_epoch_0002.png", "latent.gif", "weights.csv"),
+    }
     assert {"config.yaml", "metrics.csv", "results.csv", "checkpoints/last.ckpt", *pictures} <= names
 
     printed = capsys.readouterr().out
@@ -194,7 +197,7 @@ def test_every_experiment_runs_with_debug_fast_and_names_every_file_that_it_leav
     assert not list(folder.glob("*.log"))
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name != "choose_components"])
 def test_without_em_a_run_works_and_its_table_says_that_the_mixture_was_not_started(experiment, train, capsys):
     folder = train(f"experiment={experiment}", *DEBUG[:2], "em=off")
     rows = table(folder)
@@ -315,7 +318,7 @@ def test_the_command_runs_in_another_folder(tmp_path):
         ("seed=one", "Expected `seed` to be an integer, but got 'one'"),
         ("trainer.max_epochs=ten", "Expected `trainer.max_epochs` to be an integer, but got 'ten'"),
         ("ckpt_path=nowhere.ckpt", "Expected `ckpt_path` to be a file, but got 'nowhere.ckpt'"),
-        ("gmm.n_components=2000", "Expected `n_components` of at most the 1797 rows, but got 2000"),
+        ("gmm.n_components=2000", "Expected `n_components` of at most the 1797 rows of scikit-learn's digits, but got 2000"),
         ("ckpt_path=train.py", "Expected `ckpt_path` to be a checkpoint of a run, but got 'train.py'"),
         ("gmm.n_features=0", "Expected `n_features` to be at least 1"),
     ],

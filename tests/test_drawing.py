@@ -1,0 +1,96 @@
+"""The pictures of the end of a run."""
+
+import math
+
+import pytest
+import torch
+
+from tgmm_nn import GaussianMixture
+from tgmm_nn.experiments import drawing
+from tgmm_nn.experiments.drawing import (
+    draw_components,
+    draw_contingency,
+    draw_density,
+    draw_latent,
+    draw_samples,
+    plot_metrics,
+)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Collect axes by the name of the file, in place of writing them."""
+    axes = {}
+    monkeypatch.setattr(drawing, "save", lambda ax, file: axes.__setitem__(file.name, ax.figure.axes))
+    return axes
+
+
+@pytest.fixture
+def gmm(generator):
+    return GaussianMixture(3, 4).initialize(torch.randn(50, 4, generator=generator))
+
+
+def test_curves_of_the_mixture_begin_with_its_first_epoch(drawn, tmp_path):
+    lines = ["em/log_likelihood,em/started,epoch,loss", "-14,0,0,3", "-14,0,1,2", "-3,1,2,1", "-2,1,3,0.5"]
+    (tmp_path / "metrics.csv").write_text("\n".join(lines))
+    plot_metrics(tmp_path / "metrics.csv", tmp_path / "curves.png")
+    loss, likelihood = drawn["curves.png"]
+    assert loss.lines[0].get_xdata().tolist() == [0, 1, 2, 3]
+    assert likelihood.lines[0].get_xdata().tolist() == [2, 3]
+    assert likelihood.get_ylim()[0] > -4
+    assert likelihood.lines[1].get_xdata()[0] == 2
+    assert "dashed: first epoch of EM" in loss.get_title()
+
+
+def test_curves_of_a_run_without_a_start_say_so(drawn, tmp_path):
+    (tmp_path / "metrics.csv").write_text("em/log_likelihood,em/started,epoch,loss\n-14,0,0,3\n-14,0,1,2")
+    plot_metrics(tmp_path / "metrics.csv", tmp_path / "curves.png")
+    (loss,) = drawn["curves.png"]
+    assert loss.get_title() == "Training, epoch by epoch; EM never started"
+
+
+def test_components_are_ordered_by_their_most_frequent_class(drawn, tmp_path):
+    clusters = torch.tensor([0, 0, 0, 1, 1, 2])
+    y = torch.tensor([1, 1, 0, 0, 0, 1])
+    draw_contingency(clusters, y, 3, tmp_path)
+    ax = drawn["contingency.png"][0]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["1", "0", "2"]
+    assert ax.images[0].get_array().tolist() == [[2, 0], [1, 2], [0, 1]]
+    assert " ".join(ax.get_title().split()) == "Of 6 rows 5 are of their component's most frequent class"
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_components_of_a_mixture_that_never_started_are_marked(started, gmm, drawn, tmp_path):
+    gmm = gmm if started else GaussianMixture(3, 4)
+    draw_components(gmm, torch.rand(3, 64), (8, 8), tmp_path, "Mean image")
+    axes = drawn["components.png"]
+    assert axes[0].get_title() == f"component 0\n{100 * gmm.weights_[0]:.1f} %"
+    assert ("mixture not started" in axes[0].figure.get_suptitle()) != started
+
+
+def test_samples_are_decoded_a_row_for_each_component(gmm, drawn, tmp_path):
+    z = torch.randn(20, 4)
+    draw_samples(gmm, z, tmp_path, 0, (2, 2), torch.sigmoid)
+    axes = drawn["samples.png"]
+    assert [ax.get_title() for ax in axes if ax.get_title()] == ["component 0", "component 1", "component 2"]
+    assert len(axes) == 24
+    draw_samples(gmm, z, tmp_path, 0)
+    assert [ax.get_title() for ax in drawn["samples.png"]] == ["20 rows of the data", "20 samples of the mixture"]
+
+
+def test_latent_and_density_are_drawn_in_one_plane(gmm, drawn, tmp_path):
+    z, y = torch.randn(200, 4), torch.arange(200) % 2
+    draw_latent(gmm, z, y, tmp_path)
+    draw_density(gmm, z, tmp_path)
+    left, right = drawn["latent.png"]
+    assert left.get_xlabel() == right.get_xlabel() == drawn["density.png"][0].get_xlabel()
+    crosses = drawn["density.png"][0].collections[-1]
+    assert len(crosses.get_offsets()) == math.ceil(0.01 * 200)  # the rows of lowest density
+    draw_latent(gmm, z, None, tmp_path)
+    assert len(drawn["latent.png"]) == 1
+
+
+def test_a_mixture_that_never_started_has_neither_density_nor_samples(drawn, tmp_path):
+    draw_density(GaussianMixture(2, 3), torch.randn(9, 3), tmp_path)
+    draw_samples(GaussianMixture(2, 3), torch.randn(9, 3), tmp_path, 0)
+    assert not drawn
