@@ -139,6 +139,7 @@ def test_a_run_that_breaks_off_says_the_command_that_goes_on_from_its_last_check
     assert getattr(stop.value, "code", 1) not in (0, None)
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_first_epoch_leaves_a_checkpoint_and_the_printed_command_resumes(tmp_path):
     """A process of its own, to which the signal is sent while it trains."""
     overrides = [*DEBUG, "data.batch_size=2", "trainer.limit_train_batches=1.0", "trainer.max_epochs=1"]
@@ -248,6 +249,7 @@ def test_a_sweep_that_cannot_work_is_refused_and_leaves_nothing(swept, message, 
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_in_parallel_by_joblib(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     swept = ["-m", "seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=sweep"]
@@ -259,10 +261,11 @@ def test_a_sweep_runs_in_parallel_by_joblib(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_on_the_cpu_are_one_word_away(tmp_path):
-    """Without a limit on threads, with which a fork could hang."""
+@pytest.mark.parametrize("how", [["trainer=ddp_sim"], ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]])
+def test_two_processes_are_one_word_away_forked_or_each_by_a_command_of_its_own(how, tmp_path):
+    """Without a limit on threads, with which a fork could hang; the report is of one process while both still run."""
     done = subprocess.run(
-        [sys.executable, ROOT / "train.py", *DEBUG, "trainer=ddp_sim", "hydra.run.dir=run"],
+        [sys.executable, ROOT / "train.py", *DEBUG, *how, "hydra.run.dir=run"],
         cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
         env={name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"},
     )  # fmt: skip
