@@ -113,6 +113,18 @@ class ClusterMetricsCallback(lightning.Callback):
         self._score(gmm, *Batch.of(gmm.means_[:0]))
         self.source.attach(trainer, pl_module)
 
+    def on_train_batch_start(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Start here where training was resumed within an epoch: its start is not told of again."""
+        if trainer.state.stage == self.stage and not self._density:
+            self.on_train_epoch_start(trainer, pl_module)
+
     def on_train_batch_end(
         self,
         trainer: lightning.Trainer,
@@ -149,6 +161,7 @@ class ClusterMetricsCallback(lightning.Callback):
 
     # The stages are alike: of the three hooks that a method serves, only the chosen stage's goes past its first line.
     on_validation_epoch_start = on_test_epoch_start = on_train_epoch_start
+    on_validation_batch_start = on_test_batch_start = on_train_batch_start
     on_validation_batch_end = on_test_batch_end = on_train_batch_end
     on_validation_epoch_end = on_test_epoch_end = on_train_epoch_end
 

@@ -105,7 +105,9 @@ class LatentPlotCallback(lightning.Callback):
 
     def _draw(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         epoch = trainer.current_epoch
-        ax = plot_latent(find_mixture(pl_module, self.module), torch.cat(self._rows), title=f"epoch {epoch}")
+        gmm = find_mixture(pl_module, self.module)
+        title = f"epoch {epoch}" if gmm.fitted_ else f"epoch {epoch}; mixture not started"
+        ax = plot_latent(gmm, torch.cat(self._rows), title=title)
         save(ax, Path(self.folder or trainer.default_root_dir) / f"latent_epoch_{epoch:04d}.png")
         self._release()
 
