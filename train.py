@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import csv
-import difflib
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
 
 import hydra
 import lightning
 import torch
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig
 from threadpoolctl import threadpool_limits
 
-from tgmm_nn.checks import check_integer
-from tgmm_nn.experiments.reports import Row, format_table, plot_metrics
-
-KEYS = ("name", "seed", "num_threads", "ckpt_path", "data", "model", "gmm", "callbacks", "logger", "trainer", "paths")
-
+from tgmm_nn.experiments.options import build, build_named, check_keys, check_values, explain, printable
+from tgmm_nn.experiments.reports import Row, format_table
+from tgmm_nn.experiments.running import check_launcher, contents, discard, fit, open_folder, write_results
+from tgmm_nn.experiments.sweeps import SweepTable
 
 # Hints of Lightning and torchmetrics that do not apply: data in memory, short epochs, a run's own folder.
 NOT_FOR_US = (
@@ -34,40 +33,6 @@ NOT_FOR_US = (
 )
 
 
-def check_keys(cfg: DictConfig) -> None:
-    """Raise if the config's top has a key that nothing reads, which Hydra accepts from an experiment file."""
-    for key in map(str, cfg):
-        if key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(
-                f"Expected the config's top-level keys to be among {', '.join(KEYS)}, but got {key!r}{hint}"
-            )
-    for key in map(str, cfg.paths):
-        if key != "output_dir":
-            raise ValueError(f"Expected the config's `paths` to hold output_dir alone, but got {key!r}")
-
-
-def check_values(cfg: DictConfig) -> None:
-    """Raise if a value that no constructor of ours checks has the wrong type, or if a checkpoint does not exist."""
-    check_integer("seed", cfg.seed, minimum=0, maximum=2**32 - 1)
-    check_integer("num_threads", cfg.num_threads, optional=True)
-    check_integer("trainer.max_epochs", cfg.trainer.max_epochs, minimum=-1)
-    if cfg.ckpt_path is None:
-        return
-    if not Path(str(cfg.ckpt_path)).is_file():
-        raise ValueError(f"Expected `ckpt_path` to be a file, but got {cfg.ckpt_path!r}.")
-    try:
-        torch.load(cfg.ckpt_path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"Expected `ckpt_path` to be a checkpoint of a run, but got {cfg.ckpt_path!r}.") from error
-
-
-def build(node: DictConfig | None, **options: Any) -> Any:
-    """Instantiate a node of the config, as plain containers: a DictConfig in a state would not load as weights only."""
-    return None if node is None else hydra.utils.instantiate(node, _convert_="all", **options)
-
-
 def train(cfg: DictConfig) -> list[Row]:
     """Build what the config says, train, and report; everything is written to the run's folder."""
     if cfg.num_threads is not None:
@@ -75,49 +40,29 @@ def train(cfg: DictConfig) -> list[Row]:
         threadpool_limits(cfg.num_threads)  # scikit-learn's and NumPy's
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     data, model = build(cfg.data), build(cfg.model)
-    callbacks = {name: callback for name, callback in build(cfg.callbacks).items() if callback is not None}
-    for name, callback in callbacks.items():
-        if not isinstance(callback, lightning.Callback):
-            raise TypeError(f"Expected `callbacks.{name}` to build a callback, but got {callback!r}.")
-    trainer = build(cfg.trainer, callbacks=list(callbacks.values()), logger=build(cfg.get("logger")) or False)
+    others = {f"callbacks.{name}": node for name, node in cfg.callbacks.items()}
+    callbacks = build_named(lightning.Callback, {"em": cfg.em, "metrics": cfg.metrics, **others})
+    loggers = build_named(Logger, {f"logger.{name}": node for name, node in cfg.logger.items()})
+    trainer = build(cfg.trainer, callbacks=callbacks, logger=loggers)
+    check_launcher(trainer, in_sweep=HydraConfig.get().mode == RunMode.MULTIRUN)
 
     folder = Path(cfg.paths.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "metrics.csv").exists():
-        raise ValueError(f"Expected `hydra.run.dir` to be new, but {folder} holds the metrics of an earlier run.")
-    resolved = OmegaConf.to_yaml(cfg, resolve=True)
-    (folder / "config.yaml").write_text(resolved)
-    print(resolved, flush=True)
+    if trainer.is_global_zero:
+        print(open_folder(folder, printable(cfg)), flush=True)
 
-    try:
-        trainer.fit(model, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
-    except (KeyboardInterrupt, SystemExit):
-        latest = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        hint = f"; resume with ckpt_path={latest}" if latest else ""
-        print(f"\nInterrupted in epoch {trainer.current_epoch}{hint}", file=sys.stderr)
-        raise
+    fit(trainer, model, data, cfg.ckpt_path)
     if not trainer.is_global_zero:
         return []
 
     rows: list[Row] = model.report(data, folder, cfg.seed)
     write_results(rows, folder)
-    print(f"\n{format_table(rows)}\n\nEverything lies in {folder}")
+    print(f"\n{format_table(rows)}\n\nEverything lies in {folder}\n{contents(folder)}")
     return rows
-
-
-def write_results(rows: list[Row], folder: Path) -> None:
-    """Write the table of the end of a run, and the curves."""
-    with (folder / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    if (folder / "metrics.csv").exists():
-        plot_metrics(folder / "metrics.csv", folder / "curves.png")
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg: DictConfig) -> None:
-    """Compose the config and train."""
+    """Check the config and train; a run with a wrong option leaves nothing behind."""
     for hint in NOT_FOR_US:
         warnings.filterwarnings("ignore", message=hint)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -125,12 +70,31 @@ def main(cfg: DictConfig) -> None:
         check_keys(cfg)
         check_values(cfg)
         train(cfg)
-    except (TypeError, ValueError, RuntimeError) as error:
-        # A wrong option, in the words of our own checks or of load_state_dict: a traceback would only hide them.
-        if not str(error).startswith(("Expected `", "Expected the config", "Error(s) in loading state_dict")):
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None or HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise  # a sweep makes its other runs, and then fails
+        discard(Path(HydraConfig.get().runtime.output_dir))
+        sys.exit(sentence)
+
+
+def run() -> None:
+    """Run ``main``; a wrong option ends with exit code 1 and one sentence, which a traceback would only hide."""
+    if "HYDRA_FULL_ERROR" in os.environ:
+        main()
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra prints errors in words of its own unless it may raise them
+    try:
+        main()
+    except Exception as error:
+        SweepTable.end_early()
+        sentence = explain(error)
+        if sentence is None:
             raise
-        sys.exit(str(error))
+        sys.exit(sentence)
+    finally:
+        del os.environ["HYDRA_FULL_ERROR"]
 
 
 if __name__ == "__main__":
-    main()
+    run()

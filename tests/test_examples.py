@@ -98,7 +98,7 @@ def test_a_block_of_the_readme_runs(number, monkeypatch, tmp_path, capsys):
 
 
 def test_the_benchmark_of_the_main_experiment_runs_and_says_mean_and_spread(capsys, monkeypatch):
-    quick = ["trainer.max_epochs=2", "callbacks.em.start_epoch=1"]
+    quick = ["trainer.max_epochs=2", "em.start_epoch=1"]
     monkeypatch.setattr(sys, "argv", ["digits_contrastive.py", "--seeds", "1", *quick])
     runpy.run_path(str(ROOT / "examples" / "benchmarks" / "digits_contrastive.py"), run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
@@ -112,7 +112,7 @@ def test_the_benchmark_of_the_callback_measures_a_share(capsys):
     """The default experiment for two epochs; of the large encoder only its shape, since a step takes seconds."""
     script = runpy.run_path(str(ROOT / "examples" / "benchmarks" / "callback_cost.py"))
     for bare in (False, True):
-        row = script["digits_case"](2, ["callbacks.em.mode=full", "callbacks.em.step_size=null"], bare=bare)
+        row = script["digits_case"](2, ["em.mode=full", "em.step_size=null"], bare=bare)
         assert 0 < row["ms in the callback"] < row["ms per step"]
         assert "mode=full" in row["case"]
     encoder = script["resnet18"](128)

@@ -132,22 +132,23 @@ def digits_case(epochs, overrides, bare=False):
     """Return a row of the table for the default experiment: as ``train.py`` runs it, or without all other callbacks."""
     with tempfile.TemporaryDirectory() as folder:
         with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-            fixed = [f"paths.output_dir={folder}", "gmm.n_features=64", "callbacks.em.start_epoch=0"]
+            fixed = [f"paths.output_dir={folder}", "gmm.n_features=64", "em.start_epoch=0"]
             quiet_too = ["trainer.enable_progress_bar=false", f"trainer.max_epochs={epochs}"]
             cfg = hydra.compose("train", [*fixed, *quiet_too, *overrides])
         torch.set_num_threads(cfg.num_threads)
         lightning.seed_everything(0, verbose=False)
-        data, model, callbacks, logger = (
-            hydra.utils.instantiate(node, _convert_="all") for node in (cfg.data, cfg.model, cfg.callbacks, cfg.logger)
+        data, model, em, metrics, callbacks, logger = (
+            hydra.utils.instantiate(node, _convert_="all")
+            for node in (cfg.data, cfg.model, cfg.em, cfg.metrics, cfg.callbacks, cfg.logger)
         )
-        clock = Clock(callbacks["em"], first=1)
+        clock = Clock(em, first=1)
         if bare:
-            trainer = quiet([callbacks["em"], clock], max_epochs=epochs)
+            trainer = quiet([em, clock], max_epochs=epochs)
         else:
-            others = {"callbacks": [*callbacks.values(), clock], "logger": logger}
+            others = {"callbacks": [em, metrics, *callbacks.values(), clock], "logger": list(logger.values())}
             trainer = hydra.utils.instantiate(cfg.trainer, _convert_="all", **others)
         trainer.fit(model, datamodule=data)
-    described = ", ".join(text.removeprefix("callbacks.em.") for text in overrides if "null" not in text)
+    described = ", ".join(text.removeprefix("em.") for text in overrides if "null" not in text)
     how = "the training loop alone" if bare else "as train.py runs it"
     return row(f"digits_contrastive, full, D = 64, K = 10, {how}: {described}", clock, 8 * (epochs - 1))
 
@@ -174,7 +175,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=30, help="epochs of the default experiment")
     arguments = parser.parse_args()
     disable_possible_user_warnings()
-    full = ["callbacks.em.mode=full", "callbacks.em.step_size=null"]
+    full = ["em.mode=full", "em.step_size=null"]
     rows = [
         resnet_case(arguments.steps, mode="minibatch"),
         resnet_case(arguments.steps, mode="minibatch", assignment="sinkhorn"),
@@ -182,8 +183,8 @@ def main():
         resnet_case(arguments.steps, mode="full", n_iterations=5),
         digits_case(arguments.epochs, full),
         digits_case(arguments.epochs, full, bare=True),
-        digits_case(arguments.epochs, [*full, "callbacks.em.n_iterations=5"]),
-        digits_case(arguments.epochs, ["callbacks.em.mode=minibatch"]),
+        digits_case(arguments.epochs, [*full, "em.n_iterations=5"]),
+        digits_case(arguments.epochs, ["em.mode=minibatch"]),
     ]
     print(format_table(rows))
 

@@ -171,7 +171,7 @@ class ContrastiveClustering(lightning.LightningModule):
         views = torch.cat([self.augmentation(batch["x"]), self.augmentation(batch["neighbour"])])
         first, second = self.encoder(views).chunk(2)
         loss = nt_xent(first, second, self.temperature)
-        self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch["x"]))
+        self.log("loss", loss, on_step=False, on_epoch=True, sync_dist=True, prog_bar=True, batch_size=len(batch["x"]))
         with torch.no_grad():
             self(batch["x"])
         return loss

@@ -14,11 +14,13 @@ from torch.nn import functional as F
 from tgmm_nn.checks import check_number
 from tgmm_nn.classifier import MixtureClassifier
 from tgmm_nn.experiments.digits import LabelledDigitsDataModule
-from tgmm_nn.experiments.reports import Row
+from tgmm_nn.experiments.reports import Row, if_started, titled
 from tgmm_nn.metrics import Contingency, detection_scores
 from tgmm_nn.mixture import GaussianMixture
 from tgmm_nn.outliers import OutlierScore
 from tgmm_nn.plotting import new_axes, plot_contingency, plot_latent, plot_scores, save
+
+FIRST = "log-density, a Gaussian for each class"
 
 __all__ = ["GenerativeClassifier", "OutlierDetection", "energy", "softmax_score"]
 
@@ -99,7 +101,7 @@ class OutlierDetection(_DensityHead):
         z = self.encoder(batch["x"])
         error = (self.decoder(z) - batch["x"]).square().sum(-1).mean()
         loss = F.cross_entropy(self.head(z), batch["y"]) + self.reconstruction * error
-        self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(z))
+        self.log("loss", loss, on_step=False, on_epoch=True, sync_dist=True, prog_bar=True, batch_size=len(z))
         return loss
 
     @torch.no_grad()
@@ -122,7 +124,7 @@ class OutlierDetection(_DensityHead):
         scores = {name: OutlierScore(self.density, name) for name in ("mahalanobis", "relative_mahalanobis")}
         own = OutlierScore(self.density)
         methods: dict[str, tuple[Tensor, Tensor, float | str]] = {
-            "log-density, a Gaussian for each class": (own(test), own(unknown), accuracy),
+            FIRST: (own(test), own(unknown), accuracy),
             f"log-density, {free.n_components} components without labels": (-free(test), -free(unknown), ""),
             **{name.replace("_", " "): (score(test), score(unknown), "") for name, score in scores.items()},
             "maximum softmax probability": (softmax_score(logits[0]), softmax_score(logits[1]), of_softmax),
@@ -135,17 +137,19 @@ class OutlierDetection(_DensityHead):
             ),
         }
         self._draw(own.calibrate(test), test, unknown, y_test, folder)
-        return [
-            {"method": name, **detection_scores(inside, outside), "accuracy": right}
+        rows: dict[str, Row] = {
+            name: {"method": name, **detection_scores(inside, outside), "accuracy": right}
             for name, (inside, outside, right) in methods.items()
-        ]
+        }
+        of_mixture = (FIRST, *(name.replace("_", " ") for name in scores))
+        return [if_started(self.density.mixture, row) if name in of_mixture else row for name, row in rows.items()]
 
     def _draw(self, score: OutlierScore, test: Tensor, unknown: Tensor, y_test: Tensor, folder: Path) -> None:
         left, right = new_axes(1, 2)
         groups = {"known classes, held out": score(test), "other digits": score(unknown)}
         plot_scores(groups, threshold=float(score.threshold), xlabel="-log p(x), nats", ax=left)
         other = torch.full((len(unknown),), self.density.n_classes, device=test.device)
-        title = f"features; class {self.density.n_classes}: other digits"
+        title = titled(self.density.mixture, f"features; class {self.density.n_classes}: other digits")
         plot_latent(self.density.mixture, torch.cat([test, unknown]), torch.cat([y_test, other]), title=title, ax=right)
         save(right, folder / "outliers.png")
 
@@ -179,7 +183,7 @@ class GenerativeClassifier(_DensityHead):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the cross-entropy of both classifiers, which share no parameter."""
         loss = F.cross_entropy(self.density(self.encoder(batch["x"])), batch["y"])
-        self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch["x"]))
+        self.log("loss", loss, on_step=False, on_epoch=True, sync_dist=True, prog_bar=True, batch_size=len(batch["x"]))
         return loss + F.cross_entropy(self.softmax(batch["x"]), batch["y"])
 
     @torch.no_grad()
@@ -190,11 +194,17 @@ class GenerativeClassifier(_DensityHead):
         z = self.encoder(x)
         logits = {"mixture for each class": self.density(z), "softmax layer": self.softmax(x)}
         left, right = new_axes(1, 2)
-        plot_latent(self.density.mixture, z, y, title="held-out features, coloured by class", ax=left)
+        plot_latent(
+            self.density.mixture,
+            z,
+            y,
+            title=titled(self.density.mixture, "held-out features, coloured by class"),
+            ax=left,
+        )
         confusion = Contingency(data.n_classes, data.n_classes).to(self.device)
         plot_contingency(confusion(self.density.predict(z), y), title="predicted class × class", ax=right)
         save(right, folder / "classes.png")
-        return [
+        rows: list[Row] = [
             {
                 "method": name,
                 "accuracy": float((values.argmax(-1) == y).float().mean()),
@@ -203,3 +213,4 @@ class GenerativeClassifier(_DensityHead):
             }
             for name, values in logits.items()
         ]
+        return [if_started(self.density.mixture, rows[0]), *rows[1:]]

@@ -14,7 +14,7 @@ from tgmm_nn.metrics import MatchedAccuracy
 from tgmm_nn.mixture import GaussianMixture
 from tgmm_nn.plotting import new_axes, plot_curves, plot_images, plot_latent, save
 
-__all__ = ["Row", "clustering_report", "clustering_scores", "format_table", "plot_metrics"]
+__all__ = ["Row", "clustering_report", "clustering_scores", "format_table", "if_started", "plot_metrics", "titled"]
 
 Row = dict[str, str | float]
 
@@ -49,16 +49,39 @@ def clustering_report(
     """
     k = gmm.n_components
     pixel_mixture = GaussianMixture(
-        k, x.shape[1], n_init=10, reg_covar=1e-2, max_iter=500, random_state=seed, dtype=torch.float64
+        k, x.shape[1], n_init=gmm.n_init, reg_covar=1e-2, max_iter=500, random_state=seed, dtype=torch.float64
     )
     methods = {
         f"mixture carried through training ({gmm.covariance_type})": gmm.predict(z),
         "k-means on the embeddings": _kmeans(z, k, seed),
         "k-means on pixels": _kmeans(x, k, seed),
-        "full mixture on pixels (reg_covar=0.01)": pixel_mixture.fit_predict(x),
+        "full mixture on pixels (reg_covar=0.01)": pixel_mixture.fit_predict(x, sync=False),  # the other ranks are done
     }
     _draw(gmm, z, x, y, image_shape, folder)
-    return [{"method": name, **clustering_scores(clusters, y)} for name, clusters in methods.items()]
+    rows: list[Row] = [{"method": name, **clustering_scores(clusters, y)} for name, clusters in methods.items()]
+    return [if_started(gmm, rows[0]), *rows[1:]]
+
+
+def if_started(gmm: GaussianMixture, row: Row) -> Row:
+    """Return a mixture's row of a table; without its numbers, which mean nothing, where EM never started the mixture.
+
+    Example:
+        >>> if_started(GaussianMixture(2, 2), {"method": "mixture", "nmi": 0.5})
+        {'method': 'mixture: not started, EM never ran', 'nmi': ''}
+    """
+    if gmm.fitted_:
+        return row
+    return {**dict.fromkeys(row, ""), "method": f"{row['method']}: not started, EM never ran"}
+
+
+def titled(gmm: GaussianMixture, title: str) -> str:
+    """Return a picture's title, which says so where the mixture was not started.
+
+    Example:
+        >>> titled(GaussianMixture(2, 2), "epoch 3")
+        'epoch 3; mixture not started'
+    """
+    return title if gmm.fitted_ else f"{title}; mixture not started"
 
 
 def format_table(rows: list[Row]) -> str:
@@ -73,7 +96,7 @@ def format_table(rows: list[Row]) -> str:
     names = list(rows[0])
     cells = [names] + [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    numeric = [isinstance(v, float) for v in rows[0].values()]
+    numeric = [any(isinstance(row[name], (float, int)) for row in rows) for name in names]
     return "\n".join(
         "  ".join(
             c.rjust(w) if right else c.ljust(w) for c, w, right in zip(line, widths, numeric, strict=True)
@@ -103,12 +126,12 @@ def _kmeans(x: Tensor, n_clusters: int, seed: int) -> Tensor:
 
 def _draw(gmm: GaussianMixture, z: Tensor, x: Tensor, y: Tensor, image_shape: tuple[int, int], folder: Path) -> None:
     by_component, by_class = new_axes(1, 2)
-    plot_latent(gmm, z, title="coloured by component; ellipses of 2 sd", ax=by_component)
+    plot_latent(gmm, z, title=titled(gmm, "coloured by component; ellipses of 2 sd"), ax=by_component)
     plot_latent(gmm, z, y, title="coloured by class; numbers are components", ax=by_class)
     save(by_class, folder / "latent.png")
 
     r = gmm.predict_proba(z).to(x)
     images = (r.mT @ x / r.sum(0).clamp(min=1e-12)[:, None]).reshape(-1, *image_shape)
     titles = [f"component {k}, {float(w):.0%}" for k, w in enumerate(gmm.weights_)]
-    axes = plot_images(images, titles, title="mean image of each component, and its weight")
+    axes = plot_images(images, titles, title=titled(gmm, "mean image of each component, and its weight"))
     save(axes[0], folder / "components.png")

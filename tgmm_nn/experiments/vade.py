@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tgmm_nn.checks import check_integer, check_number
 from tgmm_nn.experiments.digits import DigitsDataModule
-from tgmm_nn.experiments.reports import Row, clustering_report, clustering_scores
+from tgmm_nn.experiments.reports import Row, clustering_report, clustering_scores, if_started
 from tgmm_nn.mixture import GaussianMixture
 
 __all__ = ["VariationalClustering", "evidence_lower_bound"]
@@ -95,8 +95,8 @@ class VariationalClustering(lightning.LightningModule):
             z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
             bound = evidence_lower_bound(x, self.decoder(z), self.noise, self.gmm(z), log_variance)
             loss = -bound.mean()
-            self.log("elbo", -loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(x))
-        self.log("loss", loss, on_step=False, on_epoch=True, batch_size=len(x))
+            self.log("elbo", -loss, on_step=False, on_epoch=True, sync_dist=True, prog_bar=True, batch_size=len(x))
+        self.log("loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(x))
         return loss
 
     def on_train_epoch_end(self) -> None:
@@ -133,5 +133,5 @@ class VariationalClustering(lightning.LightningModule):
         }
         mean, _ = self(data.x.to(self.device))
         others = clustering_report(self.gmm, mean, data.x, data.y, data.image_shape, folder, seed)[1:]
-        rows: list[Row] = [{"method": name, **scores} for name, scores in ends.items() if scores]
+        rows: list[Row] = [if_started(self.gmm, {"method": name, **scores}) for name, scores in ends.items() if scores]
         return rows + [{**row, "elbo": "", "smallest weight": ""} for row in others]

@@ -1,0 +1,153 @@
+"""What happens around a training: where it writes, how it is interrupted, what it says at its end."""
+
+from __future__ import annotations
+
+import csv
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning
+import torch
+
+from tgmm_nn.experiments.interrupt import InterruptCheckpoint
+from tgmm_nn.experiments.reports import Row, format_table, plot_metrics
+
+__all__ = ["check_launcher", "contents", "discard", "fit", "open_folder", "resume_command", "write_results"]
+
+# What lies in a run's folder, a word each; the first pattern that fits counts.
+CONTENTS = (
+    ("config.yaml", "every option of the run, and its command"),
+    ("results.csv", "the table"),
+    ("metrics.csv", "what was logged in each epoch"),
+    ("curves.png", "loss, likelihood and scores by epoch"),
+    ("latent.png", "embeddings by component and by class"),
+    ("latent_epoch_*.png", "embeddings while training went on"),
+    ("components.png", "mean image of each component"),
+    ("outliers.png", "outlier scores, and features"),
+    ("classes.png", "features, and predicted class × class"),
+    ("checkpoints/*.ckpt", "resumes by ckpt_path=FILE"),
+    ("hparams.yaml", "for the logger"),
+    ("tensorboard/*", "for `tensorboard --logdir`"),
+    ("wandb/*", "for `wandb sync`"),
+)
+# What Hydra and we write before training starts.
+BEFORE_TRAINING = {".hydra", "config.yaml", "hparams.yaml", "multirun.yaml"}
+
+
+def check_launcher(trainer: lightning.Trainer, *, in_sweep: bool) -> None:
+    """Raise if the processes of a trainer would each start a sweep again.
+
+    Raises:
+        ValueError: In a sweep, if the trainer launches its processes by this program's own command line.
+    """
+    launcher = trainer.strategy.launcher
+    # Lightning offers no public name for it.
+    if in_sweep and type(launcher).__name__ == "_SubprocessScriptLauncher" and trainer.world_size > 1:
+        raise ValueError(
+            "Expected a sweep with trainer.strategy=ddp_fork or ddp_spawn, or with one device, but got a strategy that "
+            "starts this command, and with it the whole sweep, again in each process; choose one of these, or make the "
+            "runs one by one."
+        )
+
+
+def open_folder(folder: Path, config: str) -> str:
+    """Make a run's folder, write ``config.yaml``, and return what it holds: the command, and each option.
+
+    Raises:
+        ValueError: If an earlier run's metrics lie there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "metrics.csv").exists():
+        raise ValueError(f"Expected `hydra.run.dir` to be new, but {folder} holds the metrics of an earlier run.")
+    text = f"# {_command(sys.argv)}\n{config}"
+    (folder / "config.yaml").write_text(text)
+    return text
+
+
+def discard(folder: Path) -> None:
+    """Remove the folder of a run that never trained and, below the current folder, those above that are left empty."""
+    if not folder.is_dir() or any(path.name not in BEFORE_TRAINING for path in folder.iterdir()):
+        return
+    shutil.rmtree(folder)
+    for above in folder.parents:
+        if Path.cwd() not in above.parents or any(above.iterdir()):
+            return
+        above.rmdir()
+
+
+def fit(
+    trainer: lightning.Trainer,
+    model: lightning.LightningModule,
+    data: lightning.LightningDataModule,
+    ckpt_path: str | None,
+) -> None:
+    """Train; after Ctrl-C say how to resume, and where a checkpoint leaves nothing to train, say so."""
+    done = None if ckpt_path is None else torch.load(ckpt_path, map_location="cpu", weights_only=True)["global_step"]
+    try:
+        trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    except (KeyboardInterrupt, SystemExit):
+        where = f"Interrupted in epoch {trainer.current_epoch}"
+        checkpoint = _latest_checkpoint(trainer)
+        if checkpoint is None:
+            print(f"\n{where}, before a checkpoint was saved.", file=sys.stderr)
+        else:
+            print(f"\n{where}; resume by\n  {resume_command(sys.argv, checkpoint)}", file=sys.stderr)
+        raise
+    if done == trainer.global_step:
+        print(
+            f"\nNothing was trained: {ckpt_path} had finished its {trainer.current_epoch} epochs; to go on, raise "
+            f"trainer.max_epochs above {trainer.max_epochs}."
+        )
+
+
+def resume_command(argv: Sequence[str], checkpoint: Path) -> str:
+    """Return the command that goes on from a checkpoint, into a folder of its own.
+
+    Example:
+        >>> resume_command(["train.py", "seed=1", "ckpt_path=old.ckpt"], Path("run/last.ckpt"))
+        'python train.py seed=1 ckpt_path=run/last.ckpt'
+    """
+    kept = [text for text in argv if not text.startswith(("ckpt_path=", "hydra.run.dir="))]
+    plain = all(letter.isalnum() or letter in "/\\:-_.%@" for letter in str(checkpoint))
+    return _command([*kept, f"ckpt_path={checkpoint}" if plain else f"ckpt_path='{checkpoint}'"])
+
+
+def write_results(rows: list[Row], folder: Path) -> None:
+    """Write the table of the end of a run, and the curves."""
+    with (folder / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    if (folder / "metrics.csv").exists():
+        plot_metrics(folder / "metrics.csv", folder / "curves.png")
+
+
+def contents(folder: Path) -> str:
+    """Return what lies in a run's folder, a line for each kind of file."""
+    files = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = [file for file in files if file.parts[0] != ".hydra"]
+    rows: list[Row] = []
+    for pattern, word in CONTENTS:
+        found = [file for file in files if file.match(pattern)]
+        files = [file for file in files if file not in found]
+        if found:
+            rows.append({"file": str(found[0]) if len(found) == 1 else f"{pattern} ({len(found)})", "what": word})
+    rows += [{"file": str(file), "what": ""} for file in files]
+    return "\n".join(f"  {line}" for line in format_table(rows).splitlines()[1:])
+
+
+def _command(argv: Sequence[str]) -> str:
+    return f"python {shlex.join(argv)}"
+
+
+def _latest_checkpoint(trainer: lightning.Trainer) -> Path | None:
+    """Return what Ctrl-C saved, or else the last checkpoint of an epoch."""
+    callbacks: list[lightning.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if isinstance(callback, InterruptCheckpoint) and callback.saved is not None:
+            return callback.saved
+    latest = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    return Path(latest) if latest else None
