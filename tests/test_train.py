@@ -321,7 +321,10 @@ def test_the_command_runs_in_another_folder(tmp_path):
         ("seed=one", "Expected `seed` to be an integer, but got 'one'"),
         ("trainer.max_epochs=ten", "Expected `trainer.max_epochs` to be an integer, but got 'ten'"),
         ("ckpt_path=nowhere.ckpt", "Expected `ckpt_path` to be a file, but got 'nowhere.ckpt'"),
-        ("gmm.n_components=2000", "Expected `n_components` of at most the 1797 rows of scikit-learn's digits, but got 2000"),
+        (
+            "gmm.n_components=2000",
+            "Expected `n_components` of at most the 1797 rows of scikit-learn's digits, but got 2000",
+        ),
         ("ckpt_path=train.py", "Expected `ckpt_path` to be a checkpoint of a run, but got 'train.py'"),
         ("gmm.n_features=0", "Expected `n_features` to be at least 1"),
     ],
