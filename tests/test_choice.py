@@ -68,10 +68,13 @@ def test_a_report_writes_every_fit_draws_a_panel_for_each_family_and_marks_the_b
     data = SimpleNamespace(sample=lambda max_rows: (wide, None))
     choice = make(families=["full", "spherical"], n_seeds=1, n_principal=3)
     rows = choice.report(data, tmp_path, seed=0)
-    assert [row["method"] for row in rows] == ["full mixture", "spherical mixture"]
-    assert [row["n_components"] for row in rows] == [4, 4]
-    assert [row["chosen"] for row in rows] == ["", "*"]  # the simpler one, of which the data are
-    assert rows[1]["bic"] < rows[0]["bic"]
+    assert [row["method"] for row in rows] == [
+        f"{k} components, {f}" for f in ("full", "spherical") for k in (3, 4, 5, 7)
+    ]
+    assert [row["n_components"] for row in rows] == [3, 4, 5, 7] * 2
+    [chosen] = [row for row in rows if row["chosen"]]
+    assert chosen["method"] == "4 components, spherical"  # the simpler family, of which the data are
+    assert chosen["bic"] == min(row["bic"] for row in rows)
     with (tmp_path / "criterion.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     assert len(table) == 8

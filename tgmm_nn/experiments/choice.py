@@ -152,15 +152,15 @@ class ComponentChoice:
         hint = "; it is the largest that was tried" if chosen.n_components == self.candidates[-1] else ""
         said = f"{len(x)} rows of {x.shape[1]} features: {chosen.n_components} components, {chosen.family}{hint}."
         print(f"\nChosen by {CRITERIA[self.criterion][1]} on {said}")
-        winners = [self.best([t for t in trials if t.family == family]) for family in self.families]
+        sizes = [self.best([t for t in trials if t[:2] == size]) for size in dict.fromkeys(t[:2] for t in trials)]
         return [
             {
-                "method": f"{winner.family} mixture",
-                "n_components": winner.n_components,
-                self.criterion: winner.value,
-                "chosen": "*" if winner[:2] == chosen[:2] else "",
+                "method": f"{size.n_components} components, {size.family}",
+                "n_components": size.n_components,
+                self.criterion: size.value,
+                "chosen": "*" if size[:2] == chosen[:2] else "",
             }
-            for winner in winners
+            for size in sizes
         ]
 
     def _mixture(self, n_components: int, n_features: int, family: str, seed: int) -> GaussianMixture:

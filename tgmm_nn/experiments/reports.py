@@ -102,7 +102,8 @@ def clustering_report(
             "random_state": seed,
             "dtype": torch.float64,
         }
-        methods[f"full mixture on {rows} (reg_covar=0.01)"] = GaussianMixture(k, x.shape[1], **how).fit_predict(x)
+        raw = GaussianMixture(k, x.shape[1], **how)
+        methods[f"full mixture on {rows} (reg_covar=0.01)"] = raw.fit_predict(x, sync=False)  # the other ranks are done
     _draw(gmm, z, x, y, image_shape, folder, seed, decode)
     table: list[Row] = [{"method": name, **clustering_scores(clusters, y)} for name, clusters in methods.items()]
     return [if_started(gmm, table[0]), *table[1:]]
@@ -160,7 +161,7 @@ def _draw(
     draw_latent(gmm, z, y, folder)
     draw_density(gmm, z, folder)
     if gmm.fitted_ and y is not None:
-        draw_contingency(gmm.predict(z).cpu(), y.cpu(), gmm.n_components, folder)
+        draw_contingency(gmm.predict(z), y, gmm.n_components, folder)
     r = gmm.predict_proba(z).to(x)
     images = r.mT @ x / r.sum(0).clamp(min=1e-12)[:, None]
     draw_components(gmm, images, image_shape, folder, "Mean image")
