@@ -2,14 +2,17 @@
 """Runs of ``train.py`` on a user's arrays, and of ``train=false``: against the checkpoint's own mixture."""
 
 import csv
+import os
 import shutil
+import subprocess
+import sys
 
 import lightning
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
-from test_train import _clean_state, pytestmark, train  # noqa: F401  # fixtures
+from test_train import ROOT, _clean_state, pytestmark, train  # noqa: F401  # fixtures
 
 from tgmm_nn import GaussianMixture
 from tgmm_nn.experiments.arrays import NpzDataModule
@@ -151,6 +154,22 @@ def test_the_identity_runs_beside_another_experiment_and_takes_the_width_of_the_
     folder = train("model=identity", "data=npz", f"data.path={files / 'labelled.npz'}", *SHORT)
     assert float(table(folder / "results.csv")[0]["nmi"]) > 0.5
     assert [row["method"] for row in table(folder / "results.csv")][1:] == ["k-means on the embeddings"]
+
+
+@pytest.mark.slow
+def test_embeddings_are_clustered_on_two_processes_as_on_one(train, files):
+    """A process of its own, without a limit on threads, with which a fork could hang."""
+    options = ["experiment=embeddings", "data=npz", f"data.path={files / 'bare.npz'}", "gmm.n_components=4", QUIET]
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", *options, "trainer=ddp_sim", "hydra.run.dir=two"],
+        cwd=files, capture_output=True, text=True, timeout=300, check=False,
+        env={name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    size = {"n_components": 4, "n_features": 5}
+    two, one = mixture_of(files / "two", **size), mixture_of(train(*options), **size)
+    order = [int((one.means_ - mean).square().sum(-1).argmin()) for mean in two.means_]
+    torch.testing.assert_close(two.means_, one.means_[order], rtol=1e-3, atol=1e-3)
 
 
 # --------------------------------------------------------------------------------------------- networks on own rows

@@ -18,8 +18,8 @@ __all__ = ["EmbeddingClustering"]
 class EmbeddingClustering(lightning.LightningModule):
     """Show a mixture the rows of each batch as they are; `EMCallback` does the rest, in any of its modes.
 
-    Nothing is learned by gradient. Lightning counts the steps of an optimizer, which checkpoints, loggers and EM go by:
-    the one here has a number of its own, and leaves it.
+    Nothing is learned by gradient. Lightning counts the steps of an optimizer, which checkpoints, loggers and EM go by,
+    and several processes need a parameter to share: the one here has no part in anything, and is left as it is.
 
     Args:
         gmm: Mixture of as many features as the rows have.
@@ -28,7 +28,7 @@ class EmbeddingClustering(lightning.LightningModule):
     def __init__(self, gmm: GaussianMixture) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.gmm, self.latent = gmm, nn.Identity()
+        self.gmm, self.latent, self.idle = gmm, nn.Identity(), nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the rows themselves, shape ``(B, d)``."""
@@ -50,7 +50,7 @@ class EmbeddingClustering(lightning.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return an optimizer that moves nothing."""
-        return torch.optim.SGD([torch.zeros(1)], lr=0.0)
+        return torch.optim.SGD([self.idle], lr=0.0)
 
     @torch.no_grad()
     def report(self, data: RowsDataModule, folder: Path, seed: int) -> list[Row]:
