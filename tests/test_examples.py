@@ -29,7 +29,12 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("script", sorted(ROOT.glob("examples/*.py")), ids=lambda path: path.name)
+# Examples with a test of what they show.
+HELD = {"priors.py", "stream.py", "sampling_gallery.py"}
+SCRIPTS = [script for script in sorted(ROOT.glob("examples/*.py")) if script.name not in HELD]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_an_example_runs_and_says_what_it_did(script, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(script)])
@@ -87,7 +92,7 @@ def fitted(folder, *options, launcher=(), name="mixture.pt"):
 def test_the_distributed_fit_is_one_mixture_on_any_number_of_processes_by_hand_and_in_a_trainer(tmp_path):
     one = fitted(tmp_path, name="one.pt")
     assert int(one.n_updates) == 10
-    ways = {"two": ((), RANKS), "trainer": (("--trainer",), ()), "two trainers": (("--trainer",), RANKS)}
+    ways = {"two": ((), RANKS), "two trainers": (("--trainer",), RANKS)}
     for name, (options, launcher) in ways.items():
         other = fitted(tmp_path, *options, launcher=launcher, name=f"{name}.pt")
         assert int(other.n_updates) == 10
@@ -123,7 +128,7 @@ def test_the_benchmark_of_memory_says_what_a_fit_holds(tmp_path):
 
 
 def test_the_benchmark_of_the_main_experiment_runs_and_says_mean_and_spread(capsys, monkeypatch):
-    quick = ["trainer.max_epochs=2", "em.start_epoch=1"]
+    quick = ["trainer.max_epochs=2", "em.start_epoch=1", "gmm.n_init=1"]
     monkeypatch.setattr(sys, "argv", ["digits_contrastive.py", "--seeds", "1", *quick])
     runpy.run_path(str(ROOT / "examples" / "benchmarks" / "digits_contrastive.py"), run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
