@@ -48,8 +48,8 @@ class ComponentChoice:
     - ``"bic"``: :math:`-2 \log L + p \log n` of the rows that are fitted. Of several seeds the smallest counts, and the
       smallest is best.
     - ``"icl"``: the same, and a penalty for components that overlap.
-    - ``"heldout"``: mean log p(x), in nats, of rows that are held out, others with each seed. Their mean counts, and the
-      largest is best.
+    - ``"heldout"``: mean log p(x), in nats, of rows that are held out, others with each seed. Their mean counts, and
+      the largest is best.
 
     Rows are projected to their first principal components where there are more features than ``n_principal``: densities
     of many features need more rows than most data have. Where a curve is flat, held-out rows decide by chance: look at
