@@ -123,4 +123,5 @@ def _is_bounded(largest: Tensor) -> Tensor:
 
 def revivable(parameters: Parameters) -> Parameters:
     """Return parameters whose weights have a logarithm, so that offsets can bring back a component of weight zero."""
-    return parameters._replace(weights=parameters.weights.clamp(min=torch.finfo(torch.float32).tiny))
+    weights = parameters.weights.clamp(min=torch.finfo(torch.float32).tiny)
+    return Parameters(weights, parameters.means, parameters.factor)

@@ -126,7 +126,7 @@ def whitened_statistics(
     """
     wide, (n_components, n_features) = accumulator_dtype(x.device), parameters.means.shape
     origin = mixture_mean(parameters).to(x.dtype)
-    about = parameters._replace(means=parameters.means - origin).to(x.dtype)
+    about = parameters.about(origin).to(x.dtype)
     # Where a component is so narrow, or so far, that |y|² overflows, 0 · inf would make its sums nan.
     bound = (torch.finfo(x.dtype).max / n_features) ** 0.5
 

@@ -204,7 +204,7 @@ def natural_parameters(parameters: Parameters, origin: Tensor, covariance: Covar
 def _joint(rows: Tensor, parameters: Parameters, origin: Tensor, covariance: Covariance, moments: bool) -> Tensor:
     """Return the log of each weighted component density, shape ``(K, n)``, for rows about a reference point."""
     if not moments:  # parameters are centred before they are rounded
-        about = parameters._replace(means=parameters.means - origin).to(rows.dtype)
+        about = parameters.about(origin).to(rows.dtype)
         y = covariance.whiten(rows, about.means, about.factor)
         return joint_of_distances(y.square().sum(-1), about, covariance)
     constant, linear, quadratic = natural_parameters(parameters, origin, covariance)
