@@ -63,7 +63,6 @@ class Parameters(NamedTuple):
 
     def about(self, origin: Tensor) -> Parameters:
         """Return the parameters of the same mixture of rows that are taken about a reference point."""
-        # Not _replace, which torch.compile of torch 2.6 does not trace.
         return Parameters(self.weights, self.means - origin, self.factor)
 
     def to(self, dtype: torch.dtype) -> Parameters:
