@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from tgmm_nn.experiments.drawing import (
     draw_density,
     draw_latent,
     draw_samples,
+    mean_images,
     plot_metrics,
 )
 
@@ -57,6 +59,31 @@ def test_components_are_ordered_by_their_most_frequent_class(drawn, tmp_path):
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["1", "0", "2"]
     assert ax.images[0].get_array().tolist() == [[2, 0], [1, 2], [0, 1]]
     assert " ".join(ax.get_title().split()) == "Of 6 rows 5 are of their component's most frequent class"
+
+
+@pytest.mark.parametrize("n", [0, 5])
+def test_rows_without_a_class_are_in_no_table(n, drawn, tmp_path):
+    draw_contingency(torch.zeros(n).long(), torch.full((n,), -1), 2, tmp_path)
+    assert not drawn
+
+
+def test_one_component_of_one_class_is_a_table(drawn, tmp_path):
+    draw_contingency(torch.zeros(5).long(), torch.tensor([0, 0, 0, -1, -1]), 1, tmp_path)
+    assert drawn["contingency.png"][0].images[0].get_array().tolist() == [[3]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_mean_images_are_means_weighted_by_responsibility(dtype, generator):
+    r = torch.rand(20, 3, generator=generator, dtype=torch.float64)
+    r[:, 2] = 0.0
+    x = torch.rand(20, 6, generator=generator).to(dtype)
+    expected = [np.average(x.numpy(), axis=0, weights=r[:, k].numpy()) for k in (0, 1)]
+    got = mean_images(r, x)
+    assert got.dtype == dtype
+    np.testing.assert_allclose(got, [*expected, np.zeros(6)], rtol=1e-5)
+    clusters = torch.arange(20) % 2  # of hard responsibilities these are the clusters' means
+    hard = mean_images(torch.eye(2)[clusters], x)
+    torch.testing.assert_close(hard, torch.stack([x[clusters == k].mean(0) for k in (0, 1)]))
 
 
 @pytest.mark.parametrize("started", [True, False])

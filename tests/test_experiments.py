@@ -142,6 +142,17 @@ def test_clustering_scores_agree_with_scikit_learn(generator):
     assert scores["accuracy"] == pytest.approx(float((clusters == (y + 1) % 3).float().mean()))
 
 
+def test_rows_without_any_class_are_scored_as_without_classes():
+    clusters = torch.tensor([0, 1, 1, 1])
+    assert clustering_scores(clusters, torch.full((4,), -1)) == clustering_scores(clusters, None)
+
+
+def test_of_one_class_only_the_accuracy_says_something():
+    assert clustering_scores(torch.tensor([0, 1, 1, 1]), torch.tensor([2, 2, 2, -1])) == {
+        "accuracy": pytest.approx(2 / 3)
+    }
+
+
 def test_a_table_is_aligned():
     table = format_table([{"method": "a", "nmi": 0.51234}, {"method": "longer", "nmi": 1.0}])
     assert table.splitlines() == ["method    nmi", "a       0.512", "longer  1.000"]

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 from itertools import permutations
 
 import numpy as np
@@ -79,6 +80,18 @@ def test_the_table_is_that_of_scikit_learn_and_purity_its_largest_entries(inputs
     table = contingency_matrix(preds, target)
     assert Contingency(4, 3)(preds, target).tolist() == table.tolist()
     assert float(Purity(4, 3)(preds, target)) == pytest.approx(table.max(1).sum() / 60)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (3, 1)])
+def test_a_table_keeps_its_shape(shape):
+    """Also of one cell, also from a copy: torchmetrics makes a number of it."""
+    metric, labels = Contingency(*shape), torch.zeros(5, dtype=torch.int64)
+    expected = torch.zeros(shape, dtype=torch.int64)
+    expected[0, 0] = 5
+    for table in (metric(labels, labels), metric.compute(), pickle.loads(pickle.dumps(metric)).compute()):
+        assert torch.equal(table, expected)
+    assert MatchedAccuracy(*shape)(labels, labels).shape == ()
+    assert metric.plot()[1].texts[0].get_text() == "5"
 
 
 def test_the_likelihood_is_the_mean_and_bic_the_mixtures_own(generator):

@@ -1,6 +1,7 @@
 """Pictures in the plane: what is drawn is where the mathematics says."""
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -212,6 +213,48 @@ def test_spread_places_are_apart_and_near(n, generator):
     torch.testing.assert_close(spread(moved), moved, atol=0.1, rtol=0)
 
 
+POINTS = {
+    "one row": torch.tensor([[0.3, -0.2, 5.0]]),
+    "equal rows": torch.zeros(10, 3),
+    "equal rows far from zero": torch.full((10, 3), 1e6),
+}
+
+
+@pytest.mark.parametrize("d", [1, 2, 3])
+@pytest.mark.parametrize("points", POINTS.values(), ids=POINTS)
+def test_rows_without_spread_leave_the_room_to_the_components(points, d, tmp_path):
+    """A frame as wide as the rows would be a millionth of its ellipses, whose dashes Matplotlib draws without end."""
+    x = points[:, :d]
+    means = torch.stack([x[0] - 1, x[0] + 1])
+    gmm = GaussianMixture(2, d).set_parameters([0.5, 0.5], means, torch.eye(d).expand(2, d, d))
+    for ax in (plot_latent(gmm, x), plot_density(gmm, x)):
+        low, high = ax.get_xlim()
+        assert 2.0 < high - low < 20.0
+        assert low < float(principal_plane(x).project(x)[0, 0]) < high
+        save(ax, tmp_path / "picture.png")
+
+
+def test_equal_rows_and_a_mixture_of_them_are_drawn(tmp_path):
+    x = torch.full((5, 1), 3.3)
+    gmm = GaussianMixture(1, 1).fit(x)
+    for number, ax in enumerate((plot_latent(gmm, x), plot_density(gmm, x), *plot_samples(gmm, x))):
+        save(ax, tmp_path / f"{number}.png")
+        low, high = ax.get_xlim()
+        assert low < 3.3 < high
+    save(plot_latent(GaussianMixture(1, 1), x), tmp_path / "fresh.png")
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.5], [1.0, 0.0]], ids=["heavy", "empty"])
+def test_a_component_wider_than_a_million_pictures_is_drawn_in_no_time(weights, tmp_path):
+    covariances = torch.stack([torch.eye(2), torch.diag(torch.tensor([1e14, 1e-2]))])
+    gmm = GaussianMixture(2, 2).set_parameters(weights, torch.zeros(2, 2), covariances)
+    ax = plot_latent(gmm, torch.randn(50, 2), limits=torch.tensor([[-3.0, -3.0], [3.0, 3.0]]))
+    assert [ellipse.get_linestyle() for ellipse in ellipses(ax)[2:]] == ["-", "-"]
+    start = time.process_time()
+    save(ax, tmp_path / "latent.png")
+    assert time.process_time() - start < 10
+
+
 def test_an_empty_component_is_dotted_grey_and_named():
     covariances = torch.stack([torch.eye(2), torch.eye(2), 1e6 * torch.eye(2)])
     gmm = GaussianMixture(3, 2).set_parameters([0.5, 0.5, 0.0], [[0.0, 0.0], [9.0, 0.0], [4.0, 4.0]], covariances)
@@ -408,6 +451,8 @@ ROWS = torch.zeros(4, 2)
         (lambda: plot_density(FITTED, ROWS, FITTED), TypeError, "`score` to be an OutlierScore or None"),
         (lambda: plot_density(FITTED, ROWS, OutlierScore(FITTED)), RuntimeError, "a calibrated score"),
         (lambda: plot_density(FITTED, ROWS, mass=[1.0]), ValueError, "`mass`.*between 0 and 1"),
+        (lambda: plot_density(FITTED, ROWS, mass=0.5), TypeError, "`mass` to be a list of numbers, but got 0.5"),
+        (lambda: density_levels(FITTED, "half"), TypeError, "`mass` to be a list of numbers, but got 'half'"),
         (lambda: principal_plane(torch.zeros(3)), ValueError, r"`x` of shape \(n, d\)"),
         (lambda: animate([], "x.gif"), ValueError, "`pictures` with at least one picture"),
         (lambda: animate(["x.png"], "x.gif", 0.0), ValueError, "`seconds` to be above 0"),

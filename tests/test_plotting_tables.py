@@ -118,6 +118,17 @@ def test_curves_share_their_epochs_and_begin_where_em_does(tmp_path):
     save(axes[0], tmp_path / "curves.png")
 
 
+@pytest.mark.parametrize("make", [list, np.asarray, torch.tensor, lambda values: [torch.tensor(v) for v in values]])
+def test_epochs_and_values_may_be_tensors_that_learn(make):
+    values = make([2.0, 1.0])
+    if isinstance(values, torch.Tensor):
+        values.requires_grad_()
+    (ax,) = plot_curves({"loss": (make([3, 4]), values)}, start=make([3, 4])[1])
+    assert ax.lines[0].get_xdata().tolist() == [3, 4]
+    assert ax.lines[0].get_ydata().tolist() == [2.0, 1.0]
+    assert tuple(plot_weights([[0.5, 0.5], [0.9, 0.1]], make([3, 4])).images[0].get_extent()) == (2.5, 4.5, 1.5, -0.5)
+
+
 def test_no_line_marks_a_start_before_which_nothing_was():
     (ax,) = plot_curves({"loss": ([0, 1], [2.0, 1.0])}, start=0, title="a title")
     assert len(ax.lines) == 1
@@ -204,7 +215,9 @@ def test_the_best_number_of_components_has_a_star(best, expected):
     ("call", "error", "match"),
     [
         (lambda: plot_contingency([1, 2]), ValueError, r"`table` of numbers of rows, shape \(K, C\), but got \(2,\)"),
-        (lambda: plot_contingency([[1, -2]]), ValueError, "`table` of numbers of rows"),
+        (lambda: plot_contingency([[1, -2]]), ValueError, "`table` of numbers of rows, but it holds a negative"),
+        (lambda: plot_contingency([[float("nan")]]), ValueError, "`table` of numbers of rows, but it holds.*nan"),
+        (lambda: plot_contingency([[float("inf")]]), ValueError, "`table` of numbers of rows, but it holds.*infinity"),
         (lambda: plot_contingency("ab"), TypeError, "`table` to be a tensor"),
         (lambda: plot_contingency([[1]], clusters=["a", "b"]), ValueError, "`clusters` to name all 1, but got 2"),
         (lambda: plot_contingency([[1]], classes=[]), ValueError, "`classes` to name all 1, but got 0"),
@@ -214,6 +227,9 @@ def test_the_best_number_of_components_has_a_star(best, expected):
         (lambda: plot_images(torch.zeros(8, 8), []), ValueError, r"`images` of shape \(K, height, width\), but got"),
         (lambda: plot_images(torch.zeros(2, 8, 8), ["a"]), ValueError, "`titles` for all 2 images, but got 1"),
         (lambda: plot_images(torch.zeros(2, 8, 8), ["a"] * 2, new_axes()), ValueError, "`axes` for all 2 images"),
+        (lambda: plot_images(torch.zeros(1, 2, 2), ["a"], columns=-1), ValueError, "`columns` to be at least 1"),
+        (lambda: plot_images(torch.zeros(1, 2, 2), ["a"], columns=0), ValueError, "`columns` to be at least 1"),
+        (lambda: plot_curves({"a": ([0], ["b"])}), TypeError, "`a` to be a tensor"),
         (lambda: plot_curves({}), ValueError, "`curves` with at least one curve"),
         (lambda: plot_curves({"a": ([0], [1.0, 2.0])}), ValueError, "a value for each epoch, but 'a' has 1 and 2"),
         (lambda: plot_curves({"a": ([0], [1.0])}, new_axes(2)), ValueError, "`axes` for each of the 1 curves"),

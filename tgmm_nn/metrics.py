@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -59,25 +60,8 @@ class _Sums(_Number):
 # ------------------------------------------------------------------------------------------- clusters and classes
 
 
-class Contingency(Metric):
-    r"""Numbers of rows by cluster and class, the table :math:`m_{kc}`.
-
-    The table is the state: batches and ranks add up.
-
-    Args:
-        n_clusters: Number of clusters K.
-        n_classes: Number of classes C.
-
-    Raises:
-        TypeError: If a size is no integer.
-        ValueError: If a size is below 1 or, on update, shapes differ or a label is out of range.
-
-    Example:
-        >>> metric = Contingency(n_clusters=2, n_classes=3)
-        >>> metric(torch.tensor([1, 1, 0, 0]), torch.tensor([0, 0, 1, 2]))
-        tensor([[0, 1, 1],
-                [2, 0, 0]])
-    """
+class _Labelled(Metric):
+    """A metric of rows with a cluster and a class; their table is the state, so that batches and ranks add up."""
 
     is_differentiable = False
     higher_is_better: bool | None = None
@@ -102,9 +86,40 @@ class Contingency(Metric):
         _check_labels("target", target, self.n_classes)
         self.contingency = self.contingency + _count(self.contingency.shape, preds, target)
 
+
+class Contingency(_Labelled):
+    r"""Numbers of rows by cluster and class, the table :math:`m_{kc}`.
+
+    The table is the state: batches and ranks add up.
+
+    Args:
+        n_clusters: Number of clusters K.
+        n_classes: Number of classes C.
+
+    Raises:
+        TypeError: If a size is no integer.
+        ValueError: If a size is below 1 or, on update, shapes differ or a label is out of range.
+
+    Example:
+        >>> metric = Contingency(n_clusters=2, n_classes=3)
+        >>> metric(torch.tensor([1, 1, 0, 0]), torch.tensor([0, 0, 1, 2]))
+        tensor([[0, 1, 1],
+                [2, 0, 0]])
+    """
+
     def compute(self) -> Tensor:
         """Return the table, shape ``(K, C)``, int64."""
         return self.contingency
+
+    def _wrap_compute(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        wrapped = super()._wrap_compute(compute)
+
+        # A table of one cell comes back as a number from torchmetrics, which squeezes every result.
+        @functools.wraps(wrapped)
+        def table() -> Tensor:
+            return wrapped().reshape(self.n_clusters, self.n_classes)
+
+        return table
 
     def plot(self, val: Tensor | None = None, ax: Axes | None = None) -> tuple[Any, Axes]:
         """Draw a table as a heat map; None computes it. Return the figure and its axes."""
@@ -112,7 +127,7 @@ class Contingency(Metric):
         return ax.figure, ax
 
 
-class MatchedAccuracy(_Number, Contingency):
+class MatchedAccuracy(_Number, _Labelled):
     r"""Accuracy of a clustering after the optimal matching of clusters to classes.
 
     With the contingency table :math:`m_{kc}`, the number of rows in cluster k and class c,
@@ -152,7 +167,7 @@ class MatchedAccuracy(_Number, Contingency):
         return self.contingency[self.matching()].sum() / self.contingency.sum()
 
 
-class Purity(_Number, Contingency):
+class Purity(_Number, _Labelled):
     r"""Share of rows in the most frequent class of their cluster.
 
     With the contingency table :math:`m_{kc}`, the number of rows in cluster k and class c,

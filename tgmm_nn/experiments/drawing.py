@@ -24,7 +24,15 @@ from tgmm_nn.plotting import (
     save,
 )
 
-__all__ = ["draw_components", "draw_contingency", "draw_density", "draw_latent", "draw_samples", "plot_metrics"]
+__all__ = [
+    "draw_components",
+    "draw_contingency",
+    "draw_density",
+    "draw_latent",
+    "draw_samples",
+    "mean_images",
+    "plot_metrics",
+]
 
 MOST_IMAGES = 25
 CURVES = {
@@ -56,9 +64,14 @@ def draw_density(gmm: GaussianMixture, z: Tensor, folder: Path, score: OutlierSc
 
 
 def draw_contingency(clusters: Tensor, y: Tensor, n_clusters: int, folder: Path) -> None:
-    """Write ``contingency.png``: rows by component and class, components ordered by their most frequent class."""
+    """Write ``contingency.png``: rows by component and class, components ordered by their most frequent class.
+
+    Rows with a negative label have no class; where no row has one, nothing is written.
+    """
     clusters, y = clusters.cpu(), y.cpu()
     clusters, y = clusters[y >= 0], y[y >= 0]  # a negative label is none
+    if not len(y):
+        return
     table = Contingency(n_clusters, int(y.max()) + 1)(clusters, y)
     most, classes = table.max(1)
     order = sorted(range(n_clusters), key=lambda k: (int(classes[k]), -int(most[k])))
@@ -66,6 +79,27 @@ def draw_contingency(clusters: Tensor, y: Tensor, n_clusters: int, folder: Path)
     ax = new_axes(size=(7.0, max(5.0, min(10.0, 0.45 * n_clusters))))[0]
     plot_contingency(table[order], clusters=[str(k) for k in order], ylabel="component", title=title, ax=ax)
     save(ax, folder / "contingency.png")
+
+
+def mean_images(responsibilities: Tensor, x: Tensor) -> Tensor:
+    r"""Return the mean row of each component, weighted by responsibility.
+
+    .. math:: \bar x_k = \sum_n r_{nk} x_n / \sum_n r_{nk}
+
+    Args:
+        responsibilities: Responsibilities of the components, shape ``(N, K)``.
+        x: Rows, such as images, shape ``(N, D)``.
+
+    Returns:
+        Means, shape ``(K, D)``; of a component that is responsible for no row, zeros.
+
+    Example:
+        >>> mean_images(torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([[0.0], [3.0]]))
+        tensor([[1.],
+                [3.]])
+    """
+    r = responsibilities.to(x)
+    return r.mT @ x / r.sum(0).clamp(min=1e-12)[:, None]
 
 
 def draw_components(

@@ -13,7 +13,14 @@ from torch.nn import functional as F
 
 from tgmm_nn.checks import check_number
 from tgmm_nn.classifier import MixtureClassifier
-from tgmm_nn.experiments.drawing import draw_components, draw_contingency, draw_density, draw_latent, draw_samples
+from tgmm_nn.experiments.drawing import (
+    draw_components,
+    draw_contingency,
+    draw_density,
+    draw_latent,
+    draw_samples,
+    mean_images,
+)
 from tgmm_nn.experiments.reports import Row, if_started
 from tgmm_nn.experiments.rows import RowsDataModule
 from tgmm_nn.metrics import Contingency, detection_scores
@@ -251,7 +258,6 @@ class GenerativeClassifier(_DensityHead):
         draw_latent(gmm, z, y, folder)
         draw_density(gmm, z, folder)
         draw_contingency(gmm.predict(z).cpu(), y, gmm.n_components, folder)
-        r, x = gmm.predict_proba(z).cpu(), data.x_test
-        images = r.mT @ x / r.sum(0).clamp(min=1e-12)[:, None]
+        images = mean_images(gmm.predict_proba(z), data.x_test)
         draw_components(gmm, images, data.image_shape, folder, "Mean held-out image")
         draw_samples(gmm, z, folder, seed)

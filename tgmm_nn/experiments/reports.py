@@ -17,6 +17,7 @@ from tgmm_nn.experiments.drawing import (
     draw_density,
     draw_latent,
     draw_samples,
+    mean_images,
 )
 from tgmm_nn.metrics import MatchedAccuracy
 from tgmm_nn.mixture import GaussianMixture
@@ -30,22 +31,23 @@ MOST_FEATURES = 128
 
 
 def clustering_scores(clusters: Tensor, y: Tensor | None) -> dict[str, float]:
-    """Return how clusters agree with classes or, without classes, how rows are spread over the clusters.
+    """Return how clusters agree with classes or, where no row has a class, how rows are spread over the clusters.
 
     Args:
         clusters: Cluster of each row, shape ``(N,)``.
         y: Class of each row, negative where it has none, shape ``(N,)``; None where no row has.
 
     Returns:
-        ``accuracy`` after optimal matching, normalised mutual information ``nmi`` and adjusted Rand index ``ari``; or
-        the exponential of the entropy of the clusters' shares, ``effective clusters``, and the ``largest share``.
+        ``accuracy`` after optimal matching, normalised mutual information ``nmi`` and adjusted Rand index ``ari``; the
+        last two are left out where all rows are of one class, which tells nothing of how classes are kept apart. Or the
+        exponential of the entropy of the clusters' shares, ``effective clusters``, and the ``largest share``.
 
     Example:
         >>> clustering_scores(torch.tensor([0, 0, 1, 1]), None)
         {'effective clusters': 2.0, 'largest share': 0.5}
     """
     clusters = clusters.cpu()
-    if y is None:
+    if y is None or not bool((y >= 0).any()):
         share = clusters.bincount() / len(clusters)
         return {
             "effective clusters": float(torch.special.entr(share).sum().exp()),
@@ -53,9 +55,11 @@ def clustering_scores(clusters: Tensor, y: Tensor | None) -> dict[str, float]:
         }
     known = y.cpu() >= 0
     clusters, y = clusters[known], y.cpu()[known]
-    accuracy = MatchedAccuracy(int(clusters.max()) + 1, int(y.max()) + 1)
+    accuracy = float(MatchedAccuracy(int(clusters.max()) + 1, int(y.max()) + 1)(clusters, y))
+    if len(y.unique()) == 1:
+        return {"accuracy": accuracy}
     return {
-        "accuracy": float(accuracy(clusters, y)),
+        "accuracy": accuracy,
         "nmi": float(normalized_mutual_info_score(clusters, y)),
         "ari": float(adjusted_rand_score(clusters, y)),
     }
@@ -162,7 +166,5 @@ def _draw(
     draw_density(gmm, z, folder)
     if gmm.fitted_ and y is not None:
         draw_contingency(gmm.predict(z), y, gmm.n_components, folder)
-    r = gmm.predict_proba(z).to(x)
-    images = r.mT @ x / r.sum(0).clamp(min=1e-12)[:, None]
-    draw_components(gmm, images, image_shape, folder, "Mean image")
+    draw_components(gmm, mean_images(gmm.predict_proba(z), x), image_shape, folder, "Mean image")
     draw_samples(gmm, z, folder, seed, image_shape, decode)

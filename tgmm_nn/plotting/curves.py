@@ -33,7 +33,7 @@ def plot_curves(
     drawn as one that hardly changes.
 
     Args:
-        curves: Epochs and values of each curve, by its name, which should end with the unit.
+        curves: Epochs and values of each curve, shape ``(E,)`` each, by its name, which should end with the unit.
         axes: As many axes; None makes new ones.
         start: First epoch of EM; a line marks it where others came before. None marks nothing.
         title: What stands above all.
@@ -42,6 +42,7 @@ def plot_curves(
         The axes.
 
     Raises:
+        TypeError: If epochs or values are no real numbers.
         ValueError: If there is no curve, epochs and values differ in number, or axes do not fit.
 
     Example:
@@ -51,6 +52,7 @@ def plot_curves(
     """
     if not curves:
         raise ValueError("Expected `curves` with at least one curve, but got none.")
+    curves = {name: (_numbers("epochs", epochs), _numbers(name, values)) for name, (epochs, values) in curves.items()}
     axes = list(new_axes(len(curves), 1, size=(7.5, 2.3)) if axes is None else axes)
     if len(axes) != len(curves):
         raise ValueError(f"Expected `axes` for each of the {len(curves)} curves, but got {len(axes)}.")
@@ -61,8 +63,8 @@ def plot_curves(
                 f"Expected `curves` with a value for each epoch, but {name!r} has {len(epochs)} and {len(values)}."
             )
         few = "o" if len(values) <= 30 else ""
-        ax.plot(list(epochs), list(values), color=mark(0).color, marker=few, ms=4)
-        _scale(ax, list(values))
+        ax.plot(epochs, values, color=mark(0).color, marker=few, ms=4)
+        _scale(ax, values)
         if start is not None and start > min(everywhere, default=0):
             ax.axvline(start, color="0.4", ls="--", lw=1.2)
         ax.set(xlim=_around(everywhere))
@@ -112,7 +114,7 @@ def plot_weights(
     weights = checks.to_tensor("weights", weights, torch.float32).detach().cpu()
     if weights.ndim != 2 or 0 in weights.shape:
         raise ValueError(f"Expected `weights` of shape (E, K), with an epoch at least, but got {tuple(weights.shape)}.")
-    places = list(range(len(weights))) if epochs is None else list(epochs)
+    places = list(range(len(weights))) if epochs is None else _numbers("epochs", epochs)
     if len(places) != len(weights):
         raise ValueError(f"Expected `epochs` for each of the {len(weights)} rows of `weights`, but got {len(places)}.")
     ax = ax or new_axes(size=(8.0, max(3.0, min(9.0, 1.6 + 0.3 * weights.shape[1]))))[0]
@@ -171,12 +173,7 @@ def plot_likelihood(gmm: GaussianMixture, *, title: str | None = None, ax: Axes 
     how = "converged after" if gmm.converged_ else "did not converge in"
     climbed = "log-likelihood" if all(prior is None for prior in gmm.priors) else "log-posterior"
     title = f"EM {how} {gmm.n_iter_} iteration{'s'[: gmm.n_iter_ != 1]}" if title is None else title
-    label(
-        ax,
-        f"EM {how} {gmm.n_iter_} iteration{'s'[: gmm.n_iter_ != 1]}" if title is None else title,
-        "iteration of EM",
-        f"{climbed}, nats per row",
-    )
+    label(ax, title, "iteration of EM", f"{climbed}, nats per row")
     return ax
 
 
@@ -233,6 +230,14 @@ def plot_criterion(
     found = f"{name.split(',', maxsplit=1)[0]} is {best} at {numbers[place]} component{'s'[: numbers[place] != 1]}"
     label(ax, found if title is None else title, "number of components", name + runs)
     return ax
+
+
+def _numbers(name: str, values: Any) -> list[float]:
+    """Return real numbers, of a tensor, an array or a list, as a list."""
+    if not hasattr(values, "__array__"):
+        values = [value.item() if isinstance(value, Tensor) else value for value in values]
+    numbers: list[float] = checks.to_tensor(name, values, torch.float64).detach().flatten().tolist()
+    return numbers
 
 
 def _scale(ax: Axes, values: Sequence[float], share: float = 0.01) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -54,9 +54,7 @@ def density_levels(gmm: GaussianMixture, mass: Sequence[float], n_samples: int =
         tensor(-2.5310)
     """
     check_fitted(gmm)
-    for share in mass:
-        checks.check_number("mass", share)
-        checks.check_share("mass", float(share))
+    mass = _check_mass(mass)
     checks.check_integer("n_samples", n_samples)
     samples, _ = gmm.sample(n_samples, generator=torch.Generator(gmm.means_.device).manual_seed(seed))
     values = gmm(samples).sort().values
@@ -107,7 +105,7 @@ def plot_density(
         Density in the plane, summed over 1 other direction
     """
     check_fitted(gmm)
-    x = to_rows(x, gmm.n_features)
+    x, mass = to_rows(x, gmm.n_features), _check_mass(mass)
     plane, ax = plane or principal_plane(x), ax or new_axes(size=(8.2, 6.0))[0]
     flat = plane.project_mixture(gmm)
     levels = density_levels(flat, mass)
@@ -130,6 +128,17 @@ def plot_density(
     return ax
 
 
+def _check_mass(mass: Any) -> tuple[float, ...]:
+    """Return shares of a mass, or raise."""
+    if isinstance(mass, str) or not isinstance(mass, Iterable):
+        raise TypeError(f"Expected `mass` to be a list of numbers, but got {mass!r}.")
+    shares = tuple(mass)
+    for share in shares:
+        checks.check_number("mass", share)
+        checks.check_share("mass", float(share))
+    return shares
+
+
 def _draw_rows(ax: Axes, points: Tensor, outlying: Tensor, score: OutlierScore | None, n_features: int) -> list[Any]:
     """Draw rows as dots, and outliers as crosses; return what a legend shows."""
     inside, outside = points[~outlying], points[outlying]
@@ -147,7 +156,7 @@ def _draw_rows(ax: Axes, points: Tensor, outlying: Tensor, score: OutlierScore |
 def _draw_map(ax: Axes, flat: GaussianMixture, limits: Tensor, levels: Tensor, mass: Sequence[float]) -> list[Any]:
     """Shade the density in a plane, and draw its contours; return what a legend shows."""
     (left, bottom), (right, top) = limits.tolist()
-    xs, ys = torch.linspace(left, right, 300).double(), torch.linspace(bottom, top, 300).double()
+    xs, ys = (torch.linspace(*ends, 300, dtype=torch.float64) for ends in ((left, right), (bottom, top)))
     density = flat(torch.cartesian_prod(xs, ys)).reshape(300, 300).mT
     low = float(density_levels(flat, [0.999])[0]) - 2.0  # below, all is the same white
     image = ax.imshow(

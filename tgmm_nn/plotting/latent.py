@@ -19,6 +19,8 @@ from tgmm_nn.plotting.planes import EMPTY, Plane, check_fitted, limits_of, princ
 __all__ = ["plot_latent", "plot_samples"]
 
 MOST_NAMES = 32
+# Size of the largest curve with dashes, in pictures.
+MOST_DASHED = 1e3
 
 
 def plot_latent(
@@ -233,15 +235,16 @@ def _draw_components(
     ax: Axes, flat: GaussianMixture, n_std: Sequence[float], limits: Tensor, *, own_colors: bool
 ) -> None:
     """Add each component's ellipses and number, in the colour of its rows or in black."""
-    empty = flat.weights_ * flat.n_components < EMPTY
+    empty, span = flat.weights_ * flat.n_components < EMPTY, float((limits[1] - limits[0]).max())
     for k, centre in enumerate(flat.means_.tolist()):
         color, line = (mark(k).color, mark(k).line) if own_colors else ("black", "-")
         for radius in n_std:
             ellipse = _ellipse(centre, flat.covariances_[k], radius)
-            ellipse.set(ec="0.5" if empty[k] else color, ls=":" if empty[k] else line, zorder=4)
+            # Matplotlib makes every dash, in the picture or not: of a curve of a million pictures it would not end.
+            dashes = (":" if empty[k] else line) if max(ellipse.width, ellipse.height) < MOST_DASHED * span else "-"
+            ellipse.set(ec="0.5" if empty[k] else color, ls=dashes, zorder=4)
             ax.add_patch(ellipse)
     if n_std:
-        span = float((limits[1] - limits[0]).max())
         number_components(ax, flat, flat.means_, (0.062 * span, 0.05 * span))
 
 
@@ -275,7 +278,7 @@ def _draw_line(
     parts = [points if labels is None else points[labels == value] for value in values]
     colors = ["0.85"] if labels is None else [mark(value).color for value in values]
     called = ["rows"] if labels is None else [names.get(value, f"class {value}") for value in values]
-    bins, data = torch.linspace(low, high, 51).tolist(), [part.numpy() for part in parts]
+    bins, data = torch.linspace(low, high, 51, dtype=torch.float64).tolist(), [part.numpy() for part in parts]
     ax.hist(data, bins, density=True, stacked=True, color=colors, alpha=0.6, label=called)
     for value, group in zip(values, ax.containers, strict=True):
         for bar in group.get_children():

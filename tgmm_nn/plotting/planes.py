@@ -95,17 +95,23 @@ def principal_plane(x: Any) -> Plane:
 def limits_of(points: Tensor, flat: GaussianMixture | None, radius: float) -> Tensor:
     """Return where a picture begins and ends, ``(2, 2)``: all points, and ellipses as far as they leave room for these.
 
+    Points that hardly differ beside the ellipses, such as one point, leave the room to the widest ellipse.
+
     Args:
         points: Rows in the plane, shape ``(n, 2)``.
         flat: Mixture in the plane, or None.
         radius: Largest radius of the ellipses, in standard deviations.
     """
     low, high = points.amin(0), points.amax(0)
-    span = (high - low).amax().clamp(min=1e-6)
-    if flat is not None and flat.n_features == 2:
-        reach = radius * flat.covariances_.diagonal(dim1=-2, dim2=-1).sqrt()
-        heavy = flat.weights_ * flat.n_components >= EMPTY
-        means, reach = flat.means_[heavy], reach[heavy]
+    span = (high - low).amax().clamp(min=max(1e-6, 1e-9 * float(points.abs().max())))
+    if flat is None:
+        return torch.stack([low - 0.05 * span, high + 0.05 * span])
+    heavy = flat.weights_ * flat.n_components >= EMPTY
+    means, reach = flat.means_[heavy], radius * flat.covariances_[heavy].diagonal(dim1=-2, dim2=-1).sqrt()
+    widest = 2.0 * reach.amax()
+    points_differ = bool(span >= 1e-3 * widest)
+    span = span if points_differ else widest
+    if flat.n_features == 2 or not points_differ:
         low = torch.maximum(torch.minimum(low, (means - reach).amin(0)), low - span / 2)
         high = torch.minimum(torch.maximum(high, (means + reach).amax(0)), high + span / 2)
     return torch.stack([low - 0.05 * span, high + 0.05 * span])

@@ -46,7 +46,8 @@ def plot_contingency(
 
     Raises:
         TypeError: If ``table`` holds no real numbers.
-        ValueError: If ``table`` is not ``(K, C)`` or holds a negative number, or names are not as many.
+        ValueError: If ``table`` is not ``(K, C)`` or holds a number that is negative or not finite, or names are not as
+            many.
 
     Example:
         >>> ax = plot_contingency(torch.tensor([[9, 1], [0, 5]]))
@@ -54,8 +55,10 @@ def plot_contingency(
         ['9', '1', '0', '5']
     """
     table = checks.to_tensor("table", table, torch.float64).detach().cpu()
-    if table.ndim != 2 or 0 in table.shape or bool((table < 0).any()):
+    if table.ndim != 2 or 0 in table.shape:
         raise ValueError(f"Expected `table` of numbers of rows, shape (K, C), but got {tuple(table.shape)}.")
+    if not bool(((table >= 0) & (table < torch.inf)).all()):
+        raise ValueError("Expected `table` of numbers of rows, but it holds a negative number, nan or infinity.")
     ax = ax or new_axes()[0]
     largest = max(int(table.max()), 1)
     image = ax.imshow(table.numpy(), cmap="Greys", vmin=0, vmax=largest, aspect="auto")
@@ -210,8 +213,8 @@ def plot_images(
         The axes.
 
     Raises:
-        TypeError: If ``images`` hold no real numbers.
-        ValueError: If ``images`` are not ``(K, height, width)``, or titles or axes are too few.
+        TypeError: If ``images`` hold no real numbers, or ``columns`` is no integer.
+        ValueError: If ``images`` are not ``(K, height, width)``, titles or axes are too few, or ``columns`` is below 1.
 
     Example:
         >>> axes = plot_images(torch.rand(2, 8, 8), ["one", "two"])
@@ -223,6 +226,7 @@ def plot_images(
         raise ValueError(f"Expected `images` of shape (K, height, width), but got {tuple(images.shape)}.")
     if len(titles) != len(images):
         raise ValueError(f"Expected `titles` for all {len(images)} images, but got {len(titles)}.")
+    checks.check_integer("columns", columns, optional=True)
     columns = min(len(images), columns or max(5, math.ceil(math.sqrt(len(images)))))
     size = (1.7, 1.9) if len(images) <= 30 else (1.1, 1.2)
     axes = list(new_axes(-(-len(images) // columns), columns, size=size) if axes is None else axes)
