@@ -17,8 +17,16 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 from threadpoolctl import threadpool_limits
 
+from tgmm_nn.experiments.errors import explain
 from tgmm_nn.experiments.evaluation import evaluate
-from tgmm_nn.experiments.options import build, build_named, check_keys, check_values, explain, printable
+from tgmm_nn.experiments.options import (
+    build,
+    build_named,
+    check_keys,
+    check_overrides,
+    check_values,
+    printable,
+)
 from tgmm_nn.experiments.reports import Row, format_table
 from tgmm_nn.experiments.running import check_launcher, contents, discard, fit, open_folder, write_results
 from tgmm_nn.experiments.sweeps import SweepTable
@@ -75,6 +83,7 @@ def main(cfg: DictConfig) -> None:
     try:
         check_keys(cfg)
         check_values(cfg)
+        check_overrides(cfg, HydraConfig.get().overrides.task)
         train(cfg)
     except Exception as error:
         sentence = explain(error)
@@ -86,6 +95,7 @@ def main(cfg: DictConfig) -> None:
 
 def run() -> None:
     """Run ``main``; a wrong option ends with exit code 1 and one sentence, which a traceback would only hide."""
+    warnings.filterwarnings("error", message="Callback SweepTable")  # Hydra would go on without the table
     if "HYDRA_FULL_ERROR" in os.environ:
         main()
         return

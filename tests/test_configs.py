@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 import tgmm_nn.experiments
 import tgmm_nn.lightning
 from tgmm_nn import GaussianMixture, covariance
-from tgmm_nn.experiments.options import KEYS, KEYS_OF, build, check_keys, explain, printable
+from tgmm_nn.experiments.errors import explain
+from tgmm_nn.experiments.options import KEYS, KEYS_OF, build, check_keys, printable
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))

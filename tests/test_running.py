@@ -15,8 +15,9 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from omegaconf import OmegaConf
 
 from tgmm_nn import GaussianMixture
+from tgmm_nn.experiments.errors import explain
 from tgmm_nn.experiments.interrupt import InterruptCheckpoint
-from tgmm_nn.experiments.options import build, build_named, check_keys, explain
+from tgmm_nn.experiments.options import build, build_named, check_keys
 from tgmm_nn.experiments.reports import format_table, if_started
 from tgmm_nn.experiments.running import contents, discard, fit, open_folder, resume_command
 from tgmm_nn.experiments.sweeps import SweepTable, combine, read_sweep
@@ -236,6 +237,22 @@ def test_a_sweep_is_read_in_the_order_of_its_runs_and_combined_over_seeds_alone(
 def test_a_single_run_has_no_deviation():
     (row,) = combine([({"seed": "0"}, [{"method": "a", "nmi": "0.5"}])])
     assert row == {"method": "a", "runs": 1, "nmi": 0.5, "nmi_sd": ""}
+
+
+def test_marks_are_counted_where_numbers_are_averaged():
+    """As `choose_components` marks the size that it chose: here 2 of three times, and 4 never."""
+    runs = [
+        ({"seed": seed}, [{"method": k, "bic": bic, "chosen": mark} for k, bic, mark in table])
+        for seed, table in {
+            "0": [("2", "1.0", "*"), ("3", "2.0", ""), ("4", "5.0", "")],
+            "1": [("2", "3.0", "*"), ("3", "4.0", ""), ("4", "", "")],
+            "2": [("2", "5.0", ""), ("3", "3.0", "*"), ("4", "5.0", "")],
+        }.items()
+    ]
+    rows = combine(runs)
+    assert [row["chosen"] for row in rows] == [2, 1, 0]
+    assert [row["bic"] for row in rows] == [3.0, 3.0, 5.0]
+    assert all("chosen_sd" not in row for row in rows)
 
 
 def test_the_key_of_a_sweeps_means_is_checked():

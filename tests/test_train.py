@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,13 @@ QUICK = [
     "trainer.enable_progress_bar=false",
 ]
 DEBUG = ["debug=fast", "trainer.enable_progress_bar=false", "callbacks.latent_plot=null"]
+CHOICE = [
+    "experiment=choose_components",
+    "model.candidates=[1,2]",
+    "model.n_seeds=1",
+    "model.max_rows=60",
+    "gmm.n_init=1",
+]
 EXPERIMENTS = sorted(file.stem for file in (ROOT / "configs" / "experiment").glob("*.yaml"))
 
 pytestmark = [
@@ -227,6 +235,23 @@ def test_a_sweep_ends_with_a_table_of_mean_and_deviation_over_seeds(train, tmp_p
         assert float(row["nmi_sd"]) == pytest.approx(abs(reached[0] - reached[1]) / 2**0.5)
         assert f"{float(row['nmi']):.3f} ± {float(row['nmi_sd']):.3f}" in printed
     assert printed.rstrip().endswith("sweep.csv  the table")
+
+
+def test_a_table_that_cannot_be_made_fails_the_sweep(train, monkeypatch):
+    """Hydra itself would only warn."""
+    monkeypatch.setattr("tgmm_nn.experiments.sweeps.combine", lambda *_: 1 / 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        with pytest.raises(UserWarning, match=r"SweepTable.on_multirun_end raised ZeroDivisionError"):
+            train(*CHOICE, "-m", "seed=0,1", folder="sweep")
+
+
+def test_a_sweep_of_a_choice_counts_how_often_each_size_was_chosen(train, tmp_path, capsys):
+    train(*CHOICE, "-m", "seed=0,1", folder="sweep")
+    with (tmp_path / "sweep" / "sweep.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sum(int(row["chosen"]) for row in rows) == 2  # one in each run
+    assert "chosen" in capsys.readouterr().out
 
 
 def test_a_sweep_goes_on_past_a_run_that_fails_and_then_fails(train, tmp_path, capsys):

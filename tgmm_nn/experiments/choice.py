@@ -118,11 +118,12 @@ class ComponentChoice:
             ValueError: If fewer rows are fitted than the largest candidate has components.
         """
         fits = []
-        for family, k, number in product(self.families, self.candidates, range(seed, seed + self.n_seeds)):
-            fitted, scored = self._parts(x, number)
+        parts = {number: self._parts(x, number) for number in range(seed, seed + self.n_seeds)}
+        for family, k, number in product(self.families, self.candidates, parts):
+            fitted, scored = parts[number]
             if len(fitted) < k:
                 raise ValueError(f"Expected `candidates` of at most {len(fitted)}, the rows to fit, but got {k}.")
-            gmm = self._mixture(k, x.shape[1], family, number)
+            gmm = self._mixture(k, fitted.shape[1], family, number)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="EM did not converge")  # told in a column
                 gmm.fit(fitted, sync=False)
@@ -140,8 +141,7 @@ class ComponentChoice:
 
     def report(self, data: RowsDataModule, folder: Path, seed: int) -> list[Row]:
         """Choose for the rows of a data module; write all trials as ``criterion.csv``, and draw ``criterion.png``."""
-        rows, _ = data.sample(self.max_rows)
-        x = self._projected(rows, seed)
+        x, _ = data.sample(self.max_rows)
         trials = self.trials(x, seed)
         with (folder / "criterion.csv").open("w", newline="") as file:
             writer = csv.writer(file)
@@ -150,7 +150,8 @@ class ComponentChoice:
         self._draw(trials, folder / "criterion.png")
         chosen = self.best(trials)
         hint = "; it is the largest that was tried" if chosen.n_components == self.candidates[-1] else ""
-        said = f"{len(x)} rows of {x.shape[1]} features: {chosen.n_components} components, {chosen.family}{hint}."
+        width = self._parts(x, seed)[0].shape[1]
+        said = f"{len(x)} rows of {width} features: {chosen.n_components} components, {chosen.family}{hint}."
         print(f"\nChosen by {CRITERIA[self.criterion][1]} on {said}")
         sizes = [self.best([t for t in trials if t[:2] == size]) for size in dict.fromkeys(t[:2] for t in trials)]
         return [
@@ -168,19 +169,18 @@ class ComponentChoice:
         return GaussianMixture(**{**self.gmm.options(), **given, "random_state": seed, "dtype": self.gmm.means_.dtype})
 
     def _parts(self, x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Return the rows to fit, and those that the criterion is of."""
+        """Return the rows to fit, and those that the criterion is of; the axes of both are those of the former."""
         if self.criterion != "heldout":
-            return x, x
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-        n_scored = max(1, round(self.test_size * len(x)))
-        return x[order[n_scored:]], x[order[:n_scored]]
-
-    def _projected(self, x: Tensor, seed: int) -> Tensor:
-        """Return rows in the plane of their largest variance, where they have more features than are wanted."""
+            fitted = scored = x
+        else:
+            order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+            n_scored = max(1, round(self.test_size * len(x)))
+            fitted, scored = x[order[n_scored:]], x[order[:n_scored]]
         n = self.n_principal
-        if n is None or n >= min(x.shape):
-            return x
-        return torch.from_numpy(PCA(n, random_state=seed).fit_transform(x.numpy()))
+        if n is None or n >= min(fitted.shape):
+            return fitted, scored
+        axes = PCA(n, random_state=seed).fit(fitted.numpy())
+        return torch.from_numpy(axes.transform(fitted.numpy())), torch.from_numpy(axes.transform(scored.numpy()))
 
     def _value(self, values: Sequence[float]) -> float:
         return sum(values) / len(values) if self.criterion == "heldout" else min(values)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tgmm_nn.checks import check_number
-from tgmm_nn.experiments.networks import Perceptron
+from tgmm_nn.checks import check_integer, check_number
+from tgmm_nn.experiments.networks import Perceptron, as_input, check_kind, check_network
 from tgmm_nn.experiments.reports import Row, clustering_report
 from tgmm_nn.experiments.rows import RowsDataModule, check_components
 from tgmm_nn.mixture import GaussianMixture
@@ -41,7 +41,7 @@ class Rescale(nn.Module):
     """Scale unit vectors of d features by √d, so that a feature has unit mean square: what the mixture sees."""
 
     def forward(self, z: Tensor) -> Tensor:
-        """Return ``z`` times the root of its last dimension."""
+        """Return ``z``, shape ``(..., d)``, times the root of d."""
         return z * math.sqrt(z.shape[-1])
 
 
@@ -54,6 +54,9 @@ class RandomAffine(nn.Module):
         degrees: Largest rotation.
         scale: Largest relative change of size along each axis.
         shear: Largest shear along each axis.
+
+    Raises:
+        ValueError: If an option is out of range, or rows have other than height · width features.
     """
 
     def __init__(
@@ -66,15 +69,22 @@ class RandomAffine(nn.Module):
         shear: float = 0.1,
     ) -> None:
         super().__init__()
-        if len(image_shape) != 2:
-            raise ValueError(f"Expected `image_shape` to be height and width, but got {list(image_shape)}.")
+        if not isinstance(image_shape, (list, tuple)) or len(image_shape) != 2:
+            raise ValueError(f"Expected `image_shape` to be height and width, but got {image_shape!r}.")
+        for size in image_shape:
+            check_integer("image_shape", size)
         for name, value in (("shift", shift), ("degrees", degrees), ("scale", scale), ("shear", shear)):
             check_number(name, value)
-        self.height, self.width = image_shape
+        self.height, self.width = int(image_shape[0]), int(image_shape[1])
         self.shift, self.degrees, self.scale, self.shear = shift, degrees, scale, shear
 
     def forward(self, x: Tensor) -> Tensor:
         """Return rows ``(B, height · width)`` of the resampled images."""
+        if x.shape[-1] != self.height * self.width:
+            raise ValueError(
+                f"Expected `image_shape` to multiply to the {x.shape[-1]} features of a row, but got "
+                f"{[self.height, self.width]}."
+            )
         images = x.reshape(-1, 1, self.height, self.width)
         grid = F.affine_grid(self._maps(len(images), x.device), list(images.shape), align_corners=False)
         return F.grid_sample(images, grid, align_corners=False).reshape(x.shape)
@@ -203,6 +213,7 @@ class ContrastiveClustering(lightning.LightningModule):
         check_number("temperature", temperature, strict=True)
         check_number("learning_rate", learning_rate, strict=True)
         check_number("weight_decay", weight_decay)
+        check_kind("gmm", gmm, GaussianMixture, "default")
         self.encoder, self.gmm, self.augmentation, self.latent = encoder, gmm, augmentation, Rescale()
         self.temperature, self.learning_rate, self.weight_decay = temperature, learning_rate, weight_decay
 
@@ -211,8 +222,11 @@ class ContrastiveClustering(lightning.LightningModule):
         return self.latent(self.encoder(x))
 
     def on_fit_start(self) -> None:
-        """Raise if the data have fewer rows than the mixture has components, before any time is spent."""
-        check_components(self.gmm, getattr(self.trainer, "datamodule", None))
+        """Raise if the data have fewer rows than the mixture has components, or widths do not fit."""
+        data = getattr(self.trainer, "datamodule", None)
+        check_components(self.gmm, data)
+        if isinstance(data, RowsDataModule):
+            check_network(self, "encoder", data.n_features, self.gmm.n_features)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return NT-Xent of two views; pass the clean rows by the mixture."""
@@ -238,4 +252,4 @@ class ContrastiveClustering(lightning.LightningModule):
         """Score the mixture that training carried along beside its baselines, and draw what it found."""
         self.eval()
         x, y = data.sample()
-        return clustering_report(self.gmm, self(x.to(self.device)), x, y, data.image_shape, folder, seed)
+        return clustering_report(self.gmm, self(as_input(self, x)), x, y, data.image_shape, folder, seed)

@@ -14,7 +14,8 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from tgmm_nn.classifier import MixtureClassifier
-from tgmm_nn.experiments.options import build, printable
+from tgmm_nn.experiments.networks import as_input
+from tgmm_nn.experiments.options import KEYS_OF, build, key_of, printable, read_checkpoint
 from tgmm_nn.experiments.reports import Row, clustering_scores, format_table
 from tgmm_nn.experiments.rows import RowsDataModule
 from tgmm_nn.experiments.running import contents, open_folder, write_results
@@ -25,7 +26,14 @@ from tgmm_nn.outliers import OutlierScore
 __all__ = ["evaluate", "rebuild", "score_rows"]
 
 # Groups of the config that say what the model is.
-OF_MODEL = ("model", "gmm", "prior", "inputs", "experiment")
+OF_MODEL = ("model", "gmm", "prior", "experiment")
+# What the choice of an option of such a group decides.
+DECIDED_BY = {
+    "experiment": ("model._target_", "gmm._target_"),
+    "model": ("model._target_",),
+    "gmm": ("gmm._target_",),
+    "prior": tuple(f"prior.{name}" for name in KEYS_OF["prior"]),
+}
 # A row is an outlier where the log-density is below that of this share of the mixture's own samples.
 OUTLIER_SHARE = 0.05
 N_SAMPLES = 10_000
@@ -66,8 +74,9 @@ def evaluate(cfg: DictConfig, data: RowsDataModule, overrides: Sequence[str]) ->
     """
     if cfg.ckpt_path is None:
         raise ValueError("Expected `ckpt_path` with train=false, the checkpoint to score rows by, but got None.")
-    checkpoint = torch.load(cfg.ckpt_path, map_location="cpu", weights_only=True)
-    model = rebuild(cfg, checkpoint, data, overrides).eval().to(_device(str(cfg.trainer.accelerator)))
+    trainer: lightning.Trainer = build(cfg.trainer, logger=False)  # knows the device, and the precision
+    model = rebuild(cfg, read_checkpoint(cfg.ckpt_path), data, overrides).eval().to(trainer.strategy.root_device)
+    trainer.precision_plugin.convert_module(model)
     folder = Path(cfg.paths.output_dir)
     open_folder(folder, printable(cfg))
     rows = [score_rows(model, data, folder)]
@@ -101,7 +110,9 @@ def rebuild(
                 f"Expected `x` of {data.rows.source} with {saved.inputs.n_features} features, those that {path} was "
                 f"trained on, but got {data.n_features}."
             )
-    model: lightning.LightningModule = build((cfg if saved is None else saved).model)
+    model = build((cfg if saved is None else saved).model)
+    if not isinstance(model, lightning.LightningModule):
+        raise TypeError(f"Expected `model` with train=false to be one that is trained, but got {type(model).__name__}.")
     try:
         model.load_state_dict(checkpoint["state_dict"])
     except (RuntimeError, ValueError) as error:
@@ -179,8 +190,9 @@ def _batches(model: Any, data: RowsDataModule) -> Iterator[tuple[Scores, Tensor 
     """Give what the model says of all rows, in their order and a batch at a time, with their labels."""
     density, mixture, start = _density(model), _mixture(model), 0
     for number, rows in enumerate(data.rows.chunks(data.batch_size)):
-        z = model.predict_step({"x": rows.to(mixture.means_.device)}, number)
+        z = model.predict_step({"x": as_input(model, rows)}, number)
         joint = mixture.log_joint(z)
+        _check_reach(joint.logsumexp(-1), data, start)
         r = joint.softmax(-1)
         probability, component = r.max(-1)
         by_class = density.predict(z) if isinstance(density, MixtureClassifier) else None
@@ -210,11 +222,14 @@ def _mixture(model: Any) -> GaussianMixture:
     return density.mixture if isinstance(density, MixtureClassifier) else density
 
 
-def _device(accelerator: str) -> torch.device:
-    """Return the device that the option of the trainer names; a GPU for auto where there is one."""
-    if accelerator == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device({"gpu": "cuda"}.get(accelerator, accelerator))
+def _check_reach(log_density: Tensor, data: RowsDataModule, start: int) -> None:
+    """Raise if a row of a batch is so far from the mixture that it has no log-density."""
+    bad = (~torch.isfinite(log_density)).nonzero()[:, 0].tolist()
+    if bad:
+        raise ValueError(
+            f"Expected `x` of {data.rows.source} with rows like those of the training, but the log-density of row "
+            f"{data.rows.name_of(start + bad[0])} is {float(log_density[bad[0]])}; rescale the rows, or drop it."
+        )
 
 
 def _config_of(checkpoint: Path) -> DictConfig | None:
@@ -237,13 +252,16 @@ def _scaling_of(checkpoint: Any) -> dict[str, Tensor] | None:
 def _check_overrides(cfg: DictConfig, saved: DictConfig, overrides: Sequence[str]) -> None:
     """Raise if the command line asks for another model than the checkpoint's: it would be ignored in silence."""
     for override in overrides:
-        key = override.lstrip("+~").split("=", 1)[0]
-        if key.split(".")[0] not in OF_MODEL:
+        key = key_of(override)
+        group = key.split(".")[0]
+        if group not in OF_MODEL:
             continue
-        for name in [key] if "." in key else ["model._target_", "gmm._target_"]:
-            was, asked = OmegaConf.select(saved, name), OmegaConf.select(cfg, name)
-            if was != asked:
+        # What is asked for, in the checkpoint's surroundings: a reference to another group means that group of its run.
+        asked = cfg if group == "experiment" else OmegaConf.merge(saved, {group: cfg[group]})
+        for name in DECIDED_BY.get(key, (key,)):
+            was, wanted = OmegaConf.select(saved, name), OmegaConf.select(asked, name)
+            if was != wanted:
                 raise ValueError(
-                    f"Expected `{name}` as the checkpoint was trained with, {was!r}, but got {asked!r} by {override}; "
+                    f"Expected `{name}` as the checkpoint was trained with, {was!r}, but got {wanted!r} by {override}; "
                     "with train=false the model is the checkpoint's: leave it out."
                 )

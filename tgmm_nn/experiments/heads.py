@@ -21,6 +21,7 @@ from tgmm_nn.experiments.drawing import (
     draw_samples,
     mean_images,
 )
+from tgmm_nn.experiments.networks import as_input, check_kind, check_network
 from tgmm_nn.experiments.reports import Row, if_started
 from tgmm_nn.experiments.rows import RowsDataModule
 from tgmm_nn.metrics import Contingency, detection_scores
@@ -34,7 +35,7 @@ __all__ = ["GenerativeClassifier", "OutlierDetection", "energy", "softmax_score"
 
 
 def softmax_score(logits: Tensor) -> Tensor:
-    """Return minus the largest softmax probability: large where the classifier is unsure.
+    """Return minus the largest softmax probability of logits ``(..., C)``, shape ``(...)``: large where it is unsure.
 
     References:
         Hendrycks and Gimpel, A baseline for detecting misclassified and out-of-distribution examples in neural
@@ -44,7 +45,7 @@ def softmax_score(logits: Tensor) -> Tensor:
 
 
 def energy(logits: Tensor) -> Tensor:
-    """Return minus the log of the summed exponentials of the logits.
+    """Return minus the log of the summed exponentials of logits ``(..., C)``, shape ``(...)``.
 
     References:
         Liu, Wang, Owens and Li, Energy-based out-of-distribution detection, 2020.
@@ -61,13 +62,17 @@ class _DensityHead(lightning.LightningModule):
         super().__init__()
         check_number("learning_rate", learning_rate, strict=True)
         check_number("weight_decay", weight_decay)
+        check_kind("density", density, MixtureClassifier, "classifier")
         self.encoder, self.density = encoder, density
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
 
     def on_fit_start(self) -> None:
-        """Raise if no row is held out to be scored on, before any time is spent."""
+        """Raise if no row is held out to be scored on, or widths do not fit, before any time is spent."""
         data = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, RowsDataModule) and not len(data.test):
+        if not isinstance(data, RowsDataModule):
+            return
+        check_network(self, "encoder", data.n_features, self.density.n_features)
+        if not len(data.test):
             raise ValueError(
                 f"Expected `test_size`, the share of {data.rows.source} to hold out and score on, but got None; set "
                 "data.test_size=0.3."
@@ -117,7 +122,10 @@ class OutlierDetection(_DensityHead):
         """Raise if there is nothing to be told apart, before any time is spent."""
         super().on_fit_start()
         data = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, RowsDataModule) and not len(data.unknown):
+        if not isinstance(data, RowsDataModule):
+            return
+        check_network(self, "decoder", self.density.n_features, data.n_features)
+        if not len(data.unknown):
             raise ValueError(
                 f"Expected `n_classes` below the classes of {data.rows.source}, so that rows of the others can "
                 f"be told apart, but got {data.n_classes}; set data.n_classes."
@@ -135,7 +143,7 @@ class OutlierDetection(_DensityHead):
     def report(self, data: RowsDataModule, folder: Path, seed: int) -> list[Row]:
         """Score held-out rows of known classes against the others, beside the baselines, and draw the scores."""
         self.eval()
-        pixels = [part.to(self.device) for part in (data.x, data.x_test, data.x_unknown)]
+        pixels = [as_input(self, part) for part in (data.x, data.x_test, data.x_unknown)]
         train, test, unknown = (self.encoder(part) for part in pixels)
         y_test = data.y_test.to(self.device)
         how: dict[str, Any] = {"reg_covar": 1e-2, "random_state": seed, "max_iter": 300}
@@ -232,7 +240,7 @@ class GenerativeClassifier(_DensityHead):
     def report(self, data: RowsDataModule, folder: Path, seed: int) -> list[Row]:
         """Compare the two on held-out rows, and draw features and confusions."""
         self.eval()
-        x, y = data.x_test.to(self.device), data.y_test.to(self.device)
+        x, y = as_input(self, data.x_test), data.y_test.to(self.device)
         z = self.encoder(x)
         logits = {"mixture for each class": self.density(z), "softmax layer": self.softmax(x)}
         self._draw(z, data, folder, seed)

@@ -8,6 +8,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
+from tgmm_nn.experiments.networks import as_input, check_kind
 from tgmm_nn.experiments.reports import Row, clustering_report
 from tgmm_nn.experiments.rows import RowsDataModule, check_components
 from tgmm_nn.mixture import GaussianMixture
@@ -27,6 +28,7 @@ class EmbeddingClustering(lightning.LightningModule):
 
     def __init__(self, gmm: GaussianMixture) -> None:
         super().__init__()
+        check_kind("gmm", gmm, GaussianMixture, "default")
         self.automatic_optimization = False
         self.gmm, self.latent, self.idle = gmm, nn.Identity(), nn.Parameter(torch.zeros(1))
 
@@ -56,5 +58,5 @@ class EmbeddingClustering(lightning.LightningModule):
     def report(self, data: RowsDataModule, folder: Path, seed: int) -> list[Row]:
         """Score the mixture beside k-means, and draw what it found."""
         x, y = data.sample()
-        z = x.to(self.device)
+        z = as_input(self, x)
         return clustering_report(self.gmm, z, z, y, data.image_shape, folder, seed)

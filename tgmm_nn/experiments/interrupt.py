@@ -56,10 +56,12 @@ class InterruptCheckpoint(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save and stop if Ctrl-C came in this step."""
-        if self._asked:
-            trainer.save_checkpoint(self.path)
-            self.saved = self.path
-            raise KeyboardInterrupt
+        self._stop_if_asked(trainer)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Save and stop if Ctrl-C came behind the last step; from here on it stops at once."""
+        self._stop_if_asked(trainer)
+        self._release()
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
@@ -70,6 +72,12 @@ class InterruptCheckpoint(lightning.Callback):
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Stop listening."""
         self._release()
+
+    def _stop_if_asked(self, trainer: lightning.Trainer) -> None:
+        if self._asked:
+            trainer.save_checkpoint(self.path)
+            self.saved = self.path
+            raise KeyboardInterrupt
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         # Lightning gives signals back after teardown, to whom they belonged after setup: to us, who pass them on.

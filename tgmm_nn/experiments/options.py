@@ -1,4 +1,4 @@
-"""What the config of a run says: checked before anything is built, built, printed, and what is wrong in a sentence."""
+"""What the config of a run says: checked before anything is built, built, and printed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,21 @@ from typing import Any
 
 import hydra
 import torch
-from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from tgmm_nn.checks import check_bool, check_integer
+from tgmm_nn.checks import check_bool, check_integer, check_string
+from tgmm_nn.experiments.errors import RESERVED, unknown_key
 
-__all__ = ["build", "build_named", "check_keys", "check_values", "explain", "printable"]
+__all__ = [
+    "build",
+    "build_named",
+    "check_keys",
+    "check_overrides",
+    "check_values",
+    "key_of",
+    "printable",
+    "read_checkpoint",
+]
 
 # Keys of the config's top, and of the groups that build nothing. Hydra takes any key from an experiment file.
 KEYS = (
@@ -29,8 +37,8 @@ KEYS_OF = {
     "paths": ("output_dir",),
     "prior": ("weight_concentration", "mean", "mean_precision", "covariance", "degrees_of_freedom"),
 }
-# What hydra.utils.instantiate reads itself.
-RESERVED = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_")
+# What counts of the data where a checkpoint is evaluated.
+OF_EVALUATION = ("data._target_", "data.path", "data.batch_size")
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
@@ -56,29 +64,70 @@ def check_values(cfg: DictConfig) -> None:
     check_integer("seed", cfg.seed, minimum=0, maximum=2**32 - 1)
     check_integer("num_threads", cfg.num_threads, optional=True)
     check_bool("train", cfg.train)
+    check_string("name", cfg.name)
+    check_string("paths.output_dir", cfg.paths.output_dir)
     check_integer("trainer.max_epochs", cfg.trainer.max_epochs, minimum=-1)
-    if cfg.ckpt_path is None:
-        return
-    if not Path(str(cfg.ckpt_path)).is_file():
-        raise ValueError(f"Expected `ckpt_path` to be a file, but got {cfg.ckpt_path!r}.")
+    check_integer("trainer.accumulate_grad_batches", cfg.trainer.accumulate_grad_batches)
+    check_integer("trainer.log_every_n_steps", cfg.trainer.log_every_n_steps, minimum=0)
+    if cfg.ckpt_path is not None:
+        read_checkpoint(cfg.ckpt_path)
+
+
+def check_overrides(cfg: DictConfig, overrides: Iterable[str]) -> None:
+    """Raise if the command line sets what a run decides itself or, with ``train=false``, what then has no effect.
+
+    Args:
+        cfg: The config.
+        overrides: What the command line says.
+
+    Raises:
+        ValueError: With the name of the key.
+    """
+    for override in overrides:
+        key = key_of(override)
+        if key.split(".")[0] == "inputs":
+            raise ValueError(
+                f"Expected no `{key}`, which a run takes from its data, but got {override!r}; leave it out."
+            )
+        if not cfg.train and key.split(".")[0] == "data" and key not in ("data", *OF_EVALUATION):
+            raise ValueError(
+                f"Expected no `{key}` with train=false, which scores all rows, scaled as those of the training, "
+                f"but got {override!r}; leave it out."
+            )
+
+
+def key_of(override: str) -> str:
+    """Return the key that an override sets.
+
+    Example:
+        >>> key_of("+gmm.n_components=3")
+        'gmm.n_components'
+    """
+    return override.lstrip("+~").split("=", 1)[0]
+
+
+def read_checkpoint(path: Any) -> dict[str, Any]:
+    """Return what a run saved, on the CPU; nothing in the file is executed.
+
+    Raises:
+        ValueError: If there is no file, or it is no checkpoint of a run.
+    """
+    if not Path(str(path)).is_file():
+        raise ValueError(f"Expected `ckpt_path` to be a file, but got {path!r}.")
     try:
-        torch.load(cfg.ckpt_path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"Expected `ckpt_path` to be a checkpoint of a run, but got {cfg.ckpt_path!r}.") from error
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if not {"state_dict", "global_step"} <= set(saved):
+            raise KeyError("state_dict")
+    except (UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+        raise ValueError(f"Expected `ckpt_path` to be a checkpoint of a run, but got {path!r}.") from error
+    return dict(saved)
 
 
 def _check_known(where: str, keys: Iterable[str], known: Iterable[str]) -> None:
     known = list(known)
     for key in keys:
         if key not in known:
-            raise ValueError(_unknown(where, key, difflib.get_close_matches(key, known, n=1), known))
-
-
-def _unknown(where: str, key: str, meant: list[str], known: Iterable[str]) -> str:
-    """Return the sentence on a key that nothing reads: with what was meant, or else with all that there is."""
-    if meant:
-        return f"Expected a key of {where}, but got {key!r}; did you mean {' or '.join(map(repr, meant))}?"
-    return f"Expected a key of {where}, one of {', '.join(known)}, but got {key!r}."
+            raise ValueError(unknown_key(where, key, difflib.get_close_matches(key, known, n=1), known))
 
 
 def _targets(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -102,12 +151,14 @@ def _parameters(target: str) -> list[str] | None:
 # ----------------------------------------------------------------------------------------------------- build and print
 
 
-def build(node: DictConfig | None, **options: Any) -> Any:
+def build(node: Any, **options: Any) -> Any:
     """Instantiate a node, as plain containers: a DictConfig in a state would not load as weights only.
 
-    A node whose ``_target_`` is null is switched off, and gives None.
+    A node whose ``_target_`` is null is switched off, and gives None; what is no node stays what it is.
     """
-    if node is None or ("_target_" in node and node["_target_"] is None):
+    if not isinstance(node, DictConfig):
+        return node
+    if "_target_" in node and node["_target_"] is None:
         return None
     return hydra.utils.instantiate(node, _convert_="all", **options)
 
@@ -149,56 +200,3 @@ def _filled(node: DictConfig) -> dict[str, Any]:
         else:
             filled[str(key)] = OmegaConf.to_container(value, resolve=True) if isinstance(value, ListConfig) else value
     return filled
-
-
-# -------------------------------------------------------------------------------------------------------------- errors
-
-
-def explain(error: BaseException) -> str | None:
-    """Return what is wrong with an option, in a sentence; None for an error that only a traceback explains."""
-    message = str(error)
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
-        group, _, option = error.missing_cfg_file.rpartition("/")
-        near = difflib.get_close_matches(option, error.options, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        return f"Expected `{group}` to be one of {', '.join(sorted(error.options))}, but got {option!r}{hint}"
-    if isinstance(error, InstantiationException):
-        return _explain_building(error)
-    if isinstance(error, HydraException):
-        cause = error.__cause__
-        return _explain_override(cause) or message if isinstance(cause, OmegaConfBaseException) else message
-    if isinstance(error, OmegaConfBaseException):
-        return message.splitlines()[0]
-    # In the words of our own checks, or of load_state_dict.
-    ours = ("Expected ", "Error(s) in loading state_dict")
-    return message if isinstance(error, (TypeError, ValueError, RuntimeError)) and message.startswith(ours) else None
-
-
-def _explain_override(error: OmegaConfBaseException) -> str | None:
-    """Name the key that an override may have meant: a like one in its place, or the same in another place."""
-    parent, key = error.parent_node, str(error.key)
-    if not isinstance(parent, DictConfig):
-        return None
-    where = str(parent._get_full_key(None) or "")
-    known = [str(name) for name in parent if name not in ("hydra", *RESERVED)]
-    near = [f"{where}.{name}".lstrip(".") for name in difflib.get_close_matches(key, known, n=1)]
-    same = [path for path in _paths(parent._get_root()) if path.split(".")[-1] == key]
-    return _unknown(f"`{where}`" if where else "the config's top", key, near or same[:3], known)
-
-
-def _paths(node: Any, path: str = "") -> Iterator[str]:
-    raw = OmegaConf.to_container(node, resolve=False) if isinstance(node, DictConfig) else node
-    for key, value in raw.items() if isinstance(raw, dict) else ():
-        if not path and key == "hydra":
-            continue
-        yield f"{path}{key!s}"
-        yield from _paths(value, f"{path}{key!s}.")
-
-
-def _explain_building(error: InstantiationException) -> str:
-    """Say what a constructor did not take, and of which node."""
-    cause, (said, _, where) = error.__cause__, str(error).partition("full_key: ")
-    package = where.split(".")[-1]
-    if isinstance(cause, ModuleNotFoundError) and where.startswith("logger."):
-        return f"Expected the package `{package}` for logger={package}, but it is missing: run `pip install {package}`."
-    return f"{str(cause or said).strip().rstrip('.')} (in `{where}`)." if where else said

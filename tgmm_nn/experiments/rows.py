@@ -137,19 +137,19 @@ class RowsDataModule(lightning.LightningDataModule):
 
     @property
     def x_test(self) -> Tensor:
-        """Held-out rows of known classes."""
+        """Held-out rows of known classes, shape ``(m, d)``."""
         return self.rows[self.test]
 
     @property
     def y_test(self) -> Tensor:
-        """Their classes."""
+        """Their classes, shape ``(m,)``."""
         if self.labels is None:
             raise ValueError(f"Expected `y` of {self.rows.source}, the classes of its rows, but it has none.")
         return self.labels[self.test]
 
     @property
     def x_unknown(self) -> Tensor:
-        """Rows of classes that are not known."""
+        """Rows of classes that are not known, shape ``(u, d)``."""
         return self.rows[self.unknown]
 
     def inputs(self) -> dict[str, Any]:

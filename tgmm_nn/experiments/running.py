@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lightning
-import torch
 
 from tgmm_nn.experiments.drawing import plot_metrics
 from tgmm_nn.experiments.interrupt import InterruptCheckpoint
+from tgmm_nn.experiments.options import read_checkpoint
 from tgmm_nn.experiments.reports import Row, format_table
 
 __all__ = ["check_launcher", "contents", "discard", "fit", "open_folder", "resume_command", "write_results"]
@@ -45,6 +45,8 @@ CONTENTS = (
     ("tensorboard/*", "for `tensorboard --logdir`"),
     ("wandb/*", "for `wandb sync`"),
 )
+# How the config.yaml of a run begins.
+WRITTEN = "# python "
 # What Hydra and we write before training starts.
 BEFORE_TRAINING = {".hydra", "config.yaml", "hparams.yaml", "multirun.yaml"}
 
@@ -69,19 +71,26 @@ def open_folder(folder: Path, config: str) -> str:
     """Make a run's folder, write ``config.yaml``, and return what it holds: the command, and each option.
 
     Raises:
-        ValueError: If an earlier run's metrics lie there.
+        ValueError: If an earlier run's config or metrics lie there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "metrics.csv").exists():
-        raise ValueError(f"Expected `hydra.run.dir` to be new, but {folder} holds the metrics of an earlier run.")
+    for name in ("metrics.csv", "config.yaml"):
+        if (folder / name).exists():
+            raise ValueError(f"Expected `hydra.run.dir` to be new, but {folder} holds the {name} of an earlier run.")
     text = f"# {_command(sys.argv)}\n{config}"
     (folder / "config.yaml").write_text(text)
     return text
 
 
 def discard(folder: Path) -> None:
-    """Remove the folder of a run that never trained and, below the current folder, those above that are left empty."""
+    """Remove the folder of a run that never trained and, below the current folder, those above that are left empty.
+
+    Nothing is removed from a folder in which anything else lies, a config.yaml that no run wrote included.
+    """
     if not folder.is_dir() or any(path.name not in BEFORE_TRAINING for path in folder.iterdir()):
+        return
+    config = folder / "config.yaml"
+    if config.exists() and not config.read_text().startswith(WRITTEN):
         return
     shutil.rmtree(folder)
     for above in folder.parents:
@@ -97,7 +106,7 @@ def fit(
     ckpt_path: str | None,
 ) -> None:
     """Train; after Ctrl-C say how to resume, and where a checkpoint leaves nothing to train, say so."""
-    done = None if ckpt_path is None else torch.load(ckpt_path, map_location="cpu", weights_only=True)["global_step"]
+    done = None if ckpt_path is None else read_checkpoint(ckpt_path)["global_step"]
     try:
         trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     except (KeyboardInterrupt, SystemExit):
@@ -108,6 +117,8 @@ def fit(
         else:
             print(f"\n{where}; resume by\n  {resume_command(sys.argv, checkpoint)}", file=sys.stderr)
         raise
+    if model.dtype in (torch.bfloat16, torch.float16):
+        model.float()  # for the report: NumPy has no bfloat16
     if done == trainer.global_step:
         print(
             f"\nNothing was trained: {ckpt_path} had finished its {trainer.current_epoch} epochs; to go on, raise "

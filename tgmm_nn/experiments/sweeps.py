@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -92,7 +92,8 @@ def combine(runs: Sequence[tuple[dict[str, str], list[dict[str, str]]]], over: s
 
     Returns:
         A row for each combination of the other overrides that differ and each method: those, the number of runs, and
-        of each number ``x`` of the runs' tables ``x`` and ``x_sd``, the latter of two runs or more.
+        of each number ``x`` of the runs' tables ``x`` and ``x_sd``, the latter of two runs or more; of each column of
+        marks, such as a star at what was chosen, how many of the runs have one.
 
     Example:
         >>> runs = [({"seed": s, "k": "2"}, [{"method": "a", "nmi": n}]) for s, n in (("0", ".4"), ("1", ".6"))]
@@ -101,26 +102,39 @@ def combine(runs: Sequence[tuple[dict[str, str], list[dict[str, str]]]], over: s
     """
     keys = list(dict.fromkeys(key for overrides, _ in runs for key in overrides if key != over))
     varied = [key for key in keys if len({overrides.get(key) for overrides, _ in runs}) > 1]
+    cells = [(name, cell) for _, rows in runs for row in rows for name, cell in row.items()]
+    marks = {name for name, cell in cells if cell and not _is_number(cell)} - {"method"}
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for overrides, rows in runs:
         for row in rows:
             place = (*(overrides.get(key, "") for key in varied), row["method"])
             groups.setdefault(place, []).append(row)
     return [
-        {**dict(zip([*varied, "method"], place, strict=True)), "runs": len(rows), **_moments(rows)}
+        {**dict(zip([*varied, "method"], place, strict=True)), "runs": len(rows), **_moments(rows, marks)}
         for place, rows in groups.items()
     ]
 
 
-def _moments(rows: Sequence[dict[str, str]]) -> dict[str, float | str]:
-    moments: dict[str, float | str] = {}
-    for name in rows[0]:
-        values = [float(row[name]) for row in rows if name != "method" and row.get(name)]
-        if name == "method":
+def _moments(rows: Sequence[dict[str, str]], marks: Collection[str]) -> Row:
+    """Return mean and deviation of each column of numbers, and how many cells of a column of marks are filled."""
+    moments: Row = {}
+    for name in [name for name in rows[0] if name != "method"]:
+        cells = [row[name] for row in rows if row.get(name)]
+        if name in marks:
+            moments[name] = len(cells)
             continue
+        values = [float(cell) for cell in cells]
         moments[name] = statistics.fmean(values) if values else ""
         moments[f"{name}_sd"] = statistics.stdev(values) if len(values) > 1 else ""
     return moments
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
 
 
 def _with_spread(table: Sequence[Row]) -> list[Row]:

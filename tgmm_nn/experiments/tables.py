@@ -91,7 +91,7 @@ class Table:
             if bad:
                 raise ValueError(
                     f"Expected `x` of {self.source} to be finite, but {len(bad)} of {len(self)} rows hold nan or "
-                    f"infinity, the first is row {self._named(bad[0])}; drop or impute them."
+                    f"infinity, the first is row {self.name_of(bad[0])}; drop or impute them."
                 )
             mean = sums / len(self)
             variance = np.maximum(squares / len(self) - np.square(mean), 0.0)
@@ -101,8 +101,8 @@ class Table:
         """Give all rows in their order, ``size`` at a time."""
         return (self[start : start + size] for start in range(0, len(self), size))
 
-    def _named(self, place: int) -> str:
-        """Return a row's place, in its own file where there are several."""
+    def name_of(self, place: int) -> str:
+        """Return what an error calls a row: its place, in its own file where there are several."""
         number = int(np.searchsorted(self._ends, place, side="right"))
         part = self.parts[number]
         file = getattr(part, "filename", None)

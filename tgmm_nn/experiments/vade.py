@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tgmm_nn.checks import check_integer, check_number
+from tgmm_nn.experiments.networks import as_input, check_kind, check_network
 from tgmm_nn.experiments.reports import Row, clustering_report, clustering_scores, if_started
 from tgmm_nn.experiments.rows import RowsDataModule, check_components
 from tgmm_nn.mixture import GaussianMixture
@@ -76,6 +77,7 @@ class VariationalClustering(lightning.LightningModule):
         check_integer("pretrain_epochs", pretrain_epochs)
         check_number("noise", noise, strict=True)
         check_number("learning_rate", learning_rate, strict=True)
+        check_kind("gmm", gmm, GaussianMixture, "default")
         self.encoder, self.decoder, self.gmm, self.latent = encoder, decoder, gmm, nn.Identity()
         self.pretrain_epochs, self.noise, self.learning_rate = pretrain_epochs, noise, learning_rate
         self.start: dict[str, float] = {}
@@ -86,8 +88,12 @@ class VariationalClustering(lightning.LightningModule):
         return self.latent(mean), log_variance.clamp(-8.0, 4.0)
 
     def on_fit_start(self) -> None:
-        """Raise if the data have fewer rows than the mixture has components, before any time is spent."""
-        check_components(self.gmm, getattr(self.trainer, "datamodule", None))
+        """Raise if the data have fewer rows than the mixture has components, or widths do not fit."""
+        data = getattr(self.trainer, "datamodule", None)
+        check_components(self.gmm, data)
+        if isinstance(data, RowsDataModule):
+            check_network(self, "encoder", data.n_features, 2 * self.gmm.n_features)
+            check_network(self, "decoder", self.gmm.n_features, data.n_features)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the error of reconstruction, and later minus the evidence lower bound."""
@@ -114,6 +120,14 @@ class VariationalClustering(lightning.LightningModule):
         if data is not None and self.gmm.fitted_ and not self.start:
             self.start = self._scores(data)
 
+    def get_extra_state(self) -> dict[str, float]:
+        """Return what was remembered of the start: it is in the checkpoint, and comes back from a process of a fork."""
+        return self.start
+
+    def set_extra_state(self, state: dict[str, float]) -> None:
+        """Remember the start of the training that goes on."""
+        self.start = dict(state)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return Adam."""
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
@@ -122,7 +136,7 @@ class VariationalClustering(lightning.LightningModule):
     def _scores(self, data: RowsDataModule) -> dict[str, float]:
         """Return how the mixture clusters the means of the codes, and the evidence lower bound with the codes drawn."""
         x, y = data.sample()
-        x = x.to(self.device)
+        x = as_input(self, x)
         mean, log_variance = self(x)
         noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0)).to(mean)
         z = mean + (0.5 * log_variance).exp() * noise
@@ -142,7 +156,7 @@ class VariationalClustering(lightning.LightningModule):
             "mixture at its start": self.start,
         }
         x, y = data.sample()
-        mean, _ = self(x.to(self.device))
+        mean, _ = self(as_input(self, x))
         others = clustering_report(self.gmm, mean, x, y, data.image_shape, folder, seed, self.decoder)[1:]
         rows: list[Row] = [if_started(self.gmm, {"method": name, **scores}) for name, scores in ends.items() if scores]
         return rows + [{**row, "elbo": "", "smallest weight": ""} for row in others]
