@@ -38,6 +38,7 @@ NOT_FOR_US = (
     ".*exists and is not empty.*",  # it holds config.yaml; a folder with an earlier run's metrics is refused
     ".*LeafSpec.*is deprecated.*",
     "Sparse invariant checks.*",
+    ".*resuming from a checkpoint that ended before the epoch ended.*",  # Ctrl-C's: the README says how it goes on
     "The dirpath has changed.*",  # a resumed run writes into a folder of its own
 )
 

@@ -137,8 +137,10 @@ def _read(file: Path, **options: Any) -> Any:
     try:
         return np.load(file, allow_pickle=False, **options)
     except (ValueError, OSError, EOFError, BadZipFile, UnpicklingError) as error:
+        # NumPy takes anything that it does not know for a pickle, and advises to execute it.
+        why = "it holds something else" if "pickle" in str(error) else error
         raise ValueError(
-            f"Expected `path` with arrays of numbers that NumPy wrote, but {file} can't be read as such: {error}"
+            f"Expected `path` with arrays of numbers that NumPy wrote, but {file} can't be read as such: {why}."
         ) from error
 
 
