@@ -95,12 +95,24 @@ def test_components_of_a_mixture_that_never_started_are_marked(started, gmm, dra
     assert ("mixture not started" in axes[0].figure.get_suptitle()) != started
 
 
+def _after(gmm, n):
+    """Return the generator that has drawn the samples of n components."""
+    generator = torch.Generator().manual_seed(0)
+    for k in range(n):
+        gmm.sample(8, component=k, generator=generator)
+    return generator
+
+
 def test_samples_are_decoded_a_row_for_each_component(gmm, drawn, tmp_path):
     z = torch.randn(20, 4)
     draw_samples(gmm, z, tmp_path, 0, (2, 2), torch.sigmoid)
     axes = drawn["samples.png"]
     assert [ax.get_title() for ax in axes if ax.get_title()] == ["component 0", "component 1", "component 2"]
-    assert len(axes) == 24
+    samples = gmm.sample(8, component=2, generator=_after(gmm, 2))[0].sigmoid().reshape(8, 2, 2)
+    row = np.asarray(axes[2].images[0].get_array().filled(np.nan))
+    assert row.shape == (2, 8 * 3 - 1)  # eight of two columns, and a column of nothing between them
+    np.testing.assert_allclose(np.delete(row, range(2, 23, 3), 1), torch.cat([*samples], 1), rtol=1e-6)
+    assert np.isnan(row[:, 2::3]).all()
     draw_samples(gmm, z, tmp_path, 0)
     assert [ax.get_title() for ax in drawn["samples.png"]] == ["20 rows of the data", "20 samples of the mixture"]
 

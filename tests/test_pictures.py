@@ -4,12 +4,14 @@ import csv
 
 import pytest
 import torch
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 from toy import QUIET, Toy, loader, rows, trainer
 
 from tgmm_nn.lightning import EMCallback, LatentPlotCallback, WeightHistoryCallback
 from tgmm_nn.lightning.pictures import read_frame
 from tgmm_nn.lightning.weights import read_weights
+from tgmm_nn.plotting import save
 
 pytestmark = QUIET
 
@@ -49,11 +51,35 @@ def test_all_pictures_of_an_animation_have_one_plane_and_one_frame(tmp_path, mon
     monkeypatch.setattr("tgmm_nn.lightning.pictures.animate", lambda files, file, seconds: drawn.append(len(files)))
     trainer(EMCallback(), plot, max_epochs=3).fit(Toy(learning_rate=0.5), loader())
     *pictures, number = drawn
-    again = pictures[3:]
+    during, again = pictures[:2], [*pictures[3:], pictures[2]]
     assert number == len(again) == 3
     assert len({(ax.get_xlim(), ax.get_ylim(), ax.get_xlabel()) for ax in again}) == 1
-    assert len({ax.get_xlim() for ax in pictures[:3]}) == 3  # each in limits of its own while training goes on
+    assert len({ax.get_xlim() for ax in during}) == 2  # each in limits of its own while training goes on
+    assert [ax.get_title().split("\n")[0] for ax in during] == ["Epoch 0", "Epoch 1"]  # the last is drawn at the end
     assert [ax.get_title().split("\n")[0] for ax in again] == ["Epoch 0", "Epoch 1", "Epoch 2"]
+
+
+def test_an_animation_is_laid_out_once_and_its_axes_stay_where_they_are(tmp_path, monkeypatch):
+    drawn, layouts, execute = [], [], ConstrainedLayoutEngine.execute
+
+    def keep(ax, file):
+        save(ax, file)
+        drawn.append(ax)
+
+    def count(engine, figure):
+        layouts.append(figure)
+        execute(engine, figure)
+
+    monkeypatch.setattr("tgmm_nn.lightning.pictures.save", keep)
+    monkeypatch.setattr(ConstrainedLayoutEngine, "execute", count)
+    trainer(EMCallback(), LatentPlotCallback(every_n_epochs=1, folder=str(tmp_path)), max_epochs=4).fit(Toy(), loader())
+    assert len(drawn) == 7
+    assert layouts == [ax.figure for ax in drawn[:4]]  # three of the training, and the last
+    assert len({ax.get_window_extent().bounds for ax in drawn[3:]}) == 1
+    for ax in drawn[3:]:
+        box = ax.figure.get_tightbbox()
+        assert min(box.x0, box.y0) > -0.02
+        assert box.y1 < ax.figure.get_size_inches()[1] + 0.02
 
 
 @pytest.mark.parametrize("elsewhere", [True, False])

@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 from PIL import Image
 
@@ -397,6 +398,40 @@ def test_nothing_is_cut_off(far, generator, tmp_path):
         assert min(box.x0, box.y0) > -0.02
         assert box.x1 < width + 0.02
         assert box.y1 < height + 0.02
+
+
+def test_a_picture_is_drawn_once_and_is_the_one_that_savefig_draws_twice(generator, tmp_path, monkeypatch):
+    x, draws, draw = torch.randn(100, 2, generator=generator), [], Figure.draw
+    gmm = GaussianMixture(2, 2).initialize(x)
+    twice = plot_density(gmm, x, OutlierScore(gmm).calibrate(x))
+    twice.figure.savefig(tmp_path / "twice.png")
+    monkeypatch.setattr(Figure, "draw", lambda figure, renderer: draws.append(figure) or draw(figure, renderer))
+    once = plot_density(gmm, x, OutlierScore(gmm).calibrate(x))
+    save(once, tmp_path / "once.png")
+    assert draws == [once.figure]
+    with Image.open(tmp_path / "once.png") as a, Image.open(tmp_path / "twice.png") as b:
+        assert np.array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("suffix", ["png", "PNG", "jpg", "pdf"])
+def test_a_file_has_the_format_of_its_suffix_and_a_figure_keeps_its_canvas(suffix, tmp_path):
+    figure = Figure(figsize=(2.0, 1.0), dpi=50)
+    ax, canvas = figure.subplots(), figure.canvas
+    save(ax, tmp_path / f"picture.{suffix}")
+    assert (figure.canvas, figure.dpi) == (canvas, 50)
+    start = {"png": b"\x89PNG", "jpg": b"\xff\xd8", "pdf": b"%PDF"}[suffix.lower()]
+    assert (tmp_path / f"picture.{suffix}").read_bytes().startswith(start)
+    if suffix.lower() == "png":
+        with Image.open(tmp_path / f"picture.{suffix}") as image:
+            assert image.size == (240, 120)
+
+
+def test_a_title_stands_above_ticks_at_the_top(tmp_path):
+    ax = new_axes()[0]
+    ax.xaxis.tick_top()
+    label(ax, "a title", "x", "y")
+    save(ax, tmp_path / "top.png")
+    assert ax.title.get_window_extent().y0 >= ax.xaxis.get_tightbbox().y1 - 1
 
 
 def test_an_animation_has_a_frame_for_each_picture(tmp_path):

@@ -38,6 +38,12 @@ def test_a_table_holds_its_numbers_where_there_is_room_and_its_ticks_are_integer
     assert all(float(tick).is_integer() for tick in (*ax.get_xticks(), *ax.get_yticks()))
 
 
+def test_a_wide_image_has_wide_axes():
+    square, wide = (plot_images(torch.rand(3, 8, n), ["a", "b", "c"], columns=1)[0].figure for n in (8, 64))
+    assert square.get_size_inches().tolist() == pytest.approx([1.7, 3 * 1.9])
+    assert wide.get_size_inches()[0] > 6.5
+
+
 def test_numbers_of_a_table_stand_out_from_their_cells():
     ax = plot_contingency([[0, 40], [60, 100]])
     grey = ax.images[0].cmap(ax.images[0].norm([0, 40, 60, 100]))[:, 0]

@@ -8,12 +8,14 @@ from typing import Any
 
 import lightning
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor
 
 from tgmm_nn import checks
 from tgmm_nn.lightning.sources import Embeddings, find_mixture
 from tgmm_nn.mixture import GaussianMixture
 from tgmm_nn.plotting import Plane, animate, limits_of, plot_latent, principal_plane, save
+from tgmm_nn.plotting.figures import lay_out_like
 from tgmm_nn.plotting.latent import check_radii
 
 __all__ = ["LatentPlotCallback"]
@@ -31,8 +33,8 @@ class LatentPlotCallback(lightning.Callback):
     limits, so that they can be compared, and joined in ``latent.gif``.
 
     For that the rows and the mixture of each picture are kept in ``latent_frames/epoch_<epoch>.pt``, at most
-    ``max_rows`` · d · 4 bytes each. A resumed training goes on from those of the epochs before it, where they are still
-    there: in its own folder, or in the one that the checkpoint names.
+    ``max_rows`` · d · 4 bytes each; the last epoch is drawn at the end only. A resumed training goes on from those of
+    the epochs before it, where they are still there: in its own folder, or in the one that the checkpoint names.
 
     Args:
         module: Name of the `GaussianMixture` in the LightningModule.
@@ -155,13 +157,17 @@ class LatentPlotCallback(lightning.Callback):
     def _folder(self, trainer: lightning.Trainer) -> Path:
         return Path(self.folder or trainer.default_root_dir)
 
+    def _file(self, trainer: lightning.Trainer, epoch: int) -> Path:
+        return self._folder(trainer) / f"latent_epoch_{epoch:04d}.png"
+
     def _frame(self, trainer: lightning.Trainer, epoch: int) -> Path:
         return self._folder(trainer) / "latent_frames" / f"epoch_{epoch:04d}.pt"
 
     def _draw(self, trainer: lightning.Trainer, gmm: GaussianMixture) -> None:
         """Draw the epoch's rows, and keep what it takes to draw them again."""
         rows, epoch = torch.cat(self._rows), trainer.current_epoch
-        self._picture(trainer, gmm, rows, epoch)
+        if not (self.gif and epoch + 1 == trainer.max_epochs):  # else the end of training draws it, at once
+            save(self._picture(gmm, rows, epoch), self._file(trainer, epoch))
         if self.gif:
             frame = self._frame(trainer, epoch)
             frame.parent.mkdir(parents=True, exist_ok=True)
@@ -177,24 +183,28 @@ class LatentPlotCallback(lightning.Callback):
         radius = max(self.n_std, default=0.0)
         limits = torch.stack([limits_of(plane.project(rows), _flat(plane, gmm), radius) for gmm, rows, _ in contents])
         common = torch.stack([limits[:, 0].amin(0), limits[:, 1].amax(0)])
-        files = [self._picture(trainer, *content, plane, common) for content in contents]
+        # All are laid out as the last is, which has all to show: what moves is the mixture, and not its frame.
+        last = self._picture(*contents[-1], plane, common)
+        files = [self._file(trainer, epoch) for *_, epoch in contents]
+        save(last, files[-1])
+        for content, file in zip(contents[:-1], files, strict=False):
+            ax = self._picture(*content, plane, common)
+            lay_out_like(ax, last)
+            save(ax, file)
         animate(files, self._folder(trainer) / "latent.gif", self.seconds)
 
     def _picture(
         self,
-        trainer: lightning.Trainer,
         gmm: GaussianMixture,
         rows: Tensor,
         epoch: int,
         plane: Plane | None = None,
         limits: Tensor | None = None,
-    ) -> Path:
-        """Write the picture of an epoch, and return its file."""
+    ) -> Axes:
+        """Draw an epoch."""
         ax = plot_latent(gmm, rows, n_std=self.n_std, plane=plane, limits=limits)
         ax.set_title(f"Epoch {epoch}\n{ax.get_title()}")
-        file = self._folder(trainer) / f"latent_epoch_{epoch:04d}.png"
-        save(ax, file)
-        return file
+        return ax
 
     def _release(self) -> None:
         self.source.detach()

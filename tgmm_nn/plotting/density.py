@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -108,7 +109,7 @@ def plot_density(
     x, mass = to_rows(x, gmm.n_features), _check_mass(mass)
     plane, ax = plane or principal_plane(x), ax or new_axes(size=(8.2, 6.0))[0]
     flat = plane.project_mixture(gmm)
-    levels = density_levels(flat, mass)
+    *levels, lowest = density_levels(flat, [*mass, 0.999]).tolist()
     if score is not None and not isinstance(score, OutlierScore):
         raise TypeError(f"Expected `score` to be an OutlierScore or None, but got {type(score).__name__}.")
     outlying = torch.zeros(len(x), dtype=torch.bool) if score is None else score.is_outlier(x).cpu()
@@ -118,7 +119,7 @@ def plot_density(
         marks = _draw_curve(ax, flat, limits, levels, mass)
         points[:, 1] = -0.02 * ax.get_ylim()[1]
     else:
-        marks = _draw_map(ax, flat, limits, levels, mass)
+        marks = _draw_map(ax, flat, limits, levels, mass, lowest - 2.0)
     add_legend(ax, marks + _draw_rows(ax, points, outlying, score, gmm.n_features))
     hidden = gmm.n_features - 2
     summed = f"Density in the plane, summed over {hidden} other direction{'s'[: hidden > 1]}"
@@ -153,30 +154,33 @@ def _draw_rows(ax: Axes, points: Tensor, outlying: Tensor, score: OutlierScore |
     return [kept, cross]
 
 
-def _draw_map(ax: Axes, flat: GaussianMixture, limits: Tensor, levels: Tensor, mass: Sequence[float]) -> list[Any]:
-    """Shade the density in a plane, and draw its contours; return what a legend shows."""
+def _draw_map(
+    ax: Axes, flat: GaussianMixture, limits: Tensor, levels: Sequence[float], mass: Sequence[float], low: float
+) -> list[Any]:
+    """Shade the density in a plane, below ``low`` in white, and draw its contours; return what a legend shows."""
     (left, bottom), (right, top) = limits.tolist()
     xs, ys = (torch.linspace(*ends, 300, dtype=torch.float64) for ends in ((left, right), (bottom, top)))
     density = flat(torch.cartesian_prod(xs, ys)).reshape(300, 300).mT
-    low = float(density_levels(flat, [0.999])[0]) - 2.0  # below, all is the same white
     image = ax.imshow(
         density.clamp(min=low).numpy(), cmap="Greys", origin="lower", extent=(left, right, bottom, top), alpha=0.7,
         interpolation="bilinear", vmin=low, vmax=float(density.max()) + 1.5, aspect="equal",
     )  # fmt: skip
     ax.figure.colorbar(image, ax=ax, label="log-density, nats", location="bottom", shrink=0.8)
     marks = []
-    for level, share, line in zip(levels.tolist(), mass, LINES * len(mass), strict=False):
+    for level, share, line in zip(levels, mass, LINES * len(mass), strict=False):
         ax.contour(xs, ys, density, levels=[level], colors="black", linewidths=1.2, linestyles=line, zorder=4)
         marks.append(Line2D([], [], color="black", lw=1.2, ls=line, label=f"holds {100 * share:.4g} % of the mass"))
     return marks
 
 
-def _draw_curve(ax: Axes, flat: GaussianMixture, limits: Tensor, levels: Tensor, mass: Sequence[float]) -> list[Any]:
+def _draw_curve(
+    ax: Axes, flat: GaussianMixture, limits: Tensor, levels: Sequence[float], mass: Sequence[float]
+) -> list[Any]:
     """Draw the density of one feature, and lines above which given shares of its mass lie."""
     low, high = limits[:, 0].tolist()
     grid = torch.linspace(low, high, 1000, dtype=torch.float64)
     marks = ax.plot(grid, flat(grid[:, None]).exp(), color="black", lw=2.0, label="density")
-    for level, share, line in zip(levels.exp().tolist(), mass, LINES * len(mass), strict=False):
+    for level, share, line in zip(map(math.exp, levels), mass, LINES * len(mass), strict=False):
         name = f"above: {100 * share:.4g} % of the mass"
         marks.append(ax.axhline(level, color="0.4", lw=1.2, ls=line, label=name))
     ax.set(xlim=(low, high))

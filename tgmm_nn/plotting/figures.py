@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
@@ -78,7 +79,10 @@ def label(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
     """Name what is seen; a title that is wider than its axes goes on in a new line."""
     inches = ax.get_window_extent().width / ax.figure.dpi
     letters = max(20, int(72 * inches / (0.56 * float(ax.title.get_fontsize()))))
-    ax.set(title="\n".join(textwrap.fill(line, letters) for line in title.split("\n")), xlabel=xlabel, ylabel=ylabel)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    # To look for a place of its own above ticks at the top takes a title as long as all the rest of a layout.
+    place = 1.0 if ax.xaxis.get_ticks_position() in {"bottom", "default"} else None
+    ax.set_title("\n".join(textwrap.fill(line, letters) for line in title.split("\n")), y=place)
 
 
 def add_legend(
@@ -111,8 +115,32 @@ def save(ax: Axes, file: str | os.PathLike[str]) -> None:
     """
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure = ax.figure if isinstance(ax.figure, Figure) else ax.figure.figure
-    figure.savefig(file, dpi=DPI)
+    figure = _figure_of(ax)
+    if file.suffix.lower() == ".png":
+        _write_png(figure, file)
+    else:
+        figure.savefig(file, dpi=DPI)
+
+
+def lay_out_like(ax: Axes, other: Axes) -> None:
+    """Place axes as those of a figure of the same size are, which is laid out: neither is a layout made, nor kept."""
+    _figure_of(ax).set_layout_engine("none")
+    ax.set_position(other.get_position(original=True))
+
+
+def _figure_of(ax: Axes) -> Figure:
+    return ax.figure if isinstance(ax.figure, Figure) else ax.figure.figure
+
+
+def _write_png(figure: Figure, file: Path) -> None:
+    """Lay out and draw once: `savefig` draws a figure with a layout twice, at first for where things come to stand."""
+    canvas, dpi = figure.canvas, figure.dpi
+    try:
+        figure.set_dpi(DPI)
+        FigureCanvasAgg(figure).print_png(file)  # type: ignore[no-untyped-call]
+    finally:
+        figure.set_canvas(canvas)
+        figure.set_dpi(dpi)
 
 
 def animate(pictures: Sequence[str | os.PathLike[str]], file: str | os.PathLike[str], seconds: float = 0.6) -> None:

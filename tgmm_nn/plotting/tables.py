@@ -69,7 +69,8 @@ def plot_contingency(
         for k, c in torch.ones_like(table).nonzero().tolist():
             number = int(table[k, c])
             color = "white" if 2 * number > largest else "black"
-            ax.text(c, k, str(number), ha="center", va="center", fontsize=10, color=color)
+            # It stands inside: the layout need not ask for its size.
+            ax.text(c, k, str(number), ha="center", va="center", fontsize=10, color=color).set_in_layout(False)
     label(ax, title, xlabel, ylabel)
     return ax
 
@@ -228,7 +229,9 @@ def plot_images(
         raise ValueError(f"Expected `titles` for all {len(images)} images, but got {len(titles)}.")
     checks.check_integer("columns", columns, optional=True)
     columns = min(len(images), columns or max(5, math.ceil(math.sqrt(len(images)))))
-    size = (1.7, 1.9) if len(images) <= 30 else (1.1, 1.2)
+    height, width = images.shape[1:]
+    side = 1.5 if len(images) <= 30 and width <= 2 * height else 0.9
+    size = (side * max(1.0, width / height) + 0.2, side + 0.4)
     axes = list(new_axes(-(-len(images) // columns), columns, size=size) if axes is None else axes)
     if len(axes) < len(images):
         raise ValueError(f"Expected `axes` for all {len(images)} images, but got {len(axes)}.")
