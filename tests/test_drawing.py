@@ -123,6 +123,7 @@ def test_latent_and_density_are_drawn_in_one_plane(gmm, drawn, tmp_path):
     draw_density(gmm, z, tmp_path)
     left, right = drawn["latent.png"]
     assert left.get_xlabel() == right.get_xlabel() == drawn["density.png"][0].get_xlabel()
+    assert (left.get_xlim(), left.get_ylim()) == (right.get_xlim(), right.get_ylim())
     crosses = drawn["density.png"][0].collections[-1]
     assert len(crosses.get_offsets()) == math.ceil(0.01 * 200)  # the rows of lowest density
     draw_latent(gmm, z, None, tmp_path)

@@ -11,6 +11,7 @@ from matplotlib.patches import Ellipse
 from PIL import Image
 
 from tgmm_nn import GaussianMixture, MixtureClassifier, OutlierScore
+from tgmm_nn.outliers import SCORES
 from tgmm_nn.plotting import (
     Plane,
     animate,
@@ -23,6 +24,7 @@ from tgmm_nn.plotting import (
     principal_plane,
     save,
 )
+from tgmm_nn.plotting.density import NAMES
 from tgmm_nn.plotting.figures import COLORS, LINES, MARKERS, label, mark
 from tgmm_nn.plotting.latent import spread
 
@@ -496,3 +498,7 @@ ROWS = torch.zeros(4, 2)
 def test_what_cannot_be_drawn_is_one_error_that_names_it(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+def test_every_outlier_score_has_words_for_a_legend():
+    assert set(NAMES) == set(SCORES)

@@ -228,6 +228,7 @@ def test_the_best_number_of_components_has_a_star(best, expected):
         (lambda: plot_contingency([[1]], clusters=["a", "b"]), ValueError, "`clusters` to name all 1, but got 2"),
         (lambda: plot_contingency([[1]], classes=[]), ValueError, "`classes` to name all 1, but got 0"),
         (lambda: plot_reliability([0.5], [0.5], [0.5, 0.5]), ValueError, r"of one shape \(B,\), but got"),
+        (lambda: plot_scores(torch.zeros(3)), TypeError, "`scores` by the name of their group"),
         (lambda: plot_scores({}), ValueError, "`scores` of at least one group"),
         (lambda: plot_scores({"a": [float("inf")]}), ValueError, "`scores` of 'a' with at least one score, all finite"),
         (lambda: plot_images(torch.zeros(8, 8), []), ValueError, r"`images` of shape \(K, height, width\), but got"),

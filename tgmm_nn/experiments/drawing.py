@@ -53,6 +53,7 @@ def draw_latent(
     plot_latent(gmm, z, plane=plane, ax=axes[0])
     if y is not None:
         plot_latent(gmm, z, y, n_std=(1.0,), names=names, plane=plane, ax=axes[1])  # the left one has both
+        axes[1].set(xlim=axes[0].get_xlim(), ylim=axes[0].get_ylim())
     save(axes[0], folder / "latent.png")
 
 

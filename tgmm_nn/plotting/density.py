@@ -140,6 +140,15 @@ def _check_mass(mass: Any) -> tuple[float, ...]:
     return shares
 
 
+# What each score of an `OutlierScore` is, in words.
+NAMES = {
+    "log_density": "-log p(x)",
+    "max_component": "-log of the largest component",
+    "mahalanobis": "squared distance to the nearest mean",
+    "relative_mahalanobis": "squared distance, relative",
+}
+
+
 def _draw_rows(ax: Axes, points: Tensor, outlying: Tensor, score: OutlierScore | None, n_features: int) -> list[Any]:
     """Draw rows as dots, and outliers as crosses; return what a legend shows."""
     inside, outside = points[~outlying], points[outlying]
@@ -147,10 +156,10 @@ def _draw_rows(ax: Axes, points: Tensor, outlying: Tensor, score: OutlierScore |
     kept.set_label(f"{len(inside):,} rows")
     if score is None:
         return [kept]
-    kept.set_label(f"{len(inside):,} rows up to the threshold")
+    kept.set_label(f"{len(inside):,} rows within")
     cross = ax.scatter(outside[:, 0], outside[:, 1], s=26, c=OUTLIER, marker="x", linewidths=1.2, zorder=3)
     where = f"\nin all {n_features} features" if n_features > 2 else ""
-    cross.set_label(f"{len(outside):,} outliers: {score.score}\nscore above {float(score.threshold):.3g}{where}")
+    cross.set_label(f"{len(outside):,} outliers: {NAMES[score.score]}\nabove {float(score.threshold):.3g}{where}")
     return [kept, cross]
 
 

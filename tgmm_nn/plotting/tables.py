@@ -183,6 +183,10 @@ def plot_scores(
 
 def _groups(scores: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the scores of each group as finite numbers, shape ``(n,)``, or raise."""
+    if not isinstance(scores, Mapping):
+        raise TypeError(
+            f"Expected `scores` by the name of their group, such as {{'rows': ...}}, but got {type(scores)}."
+        )
     if not scores:
         raise ValueError("Expected `scores` of at least one group, but got none.")
     groups = {}
