@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lightning
+import torch
 
 from tgmm_nn.experiments.drawing import plot_metrics
 from tgmm_nn.experiments.interrupt import InterruptCheckpoint
