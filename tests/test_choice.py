@@ -53,6 +53,19 @@ def test_held_out_rows_are_not_fitted_and_differ_between_seeds(blobs):
     assert not torch.equal(parts[0][1], parts[1][1])
 
 
+def test_principal_axes_are_those_of_the_rows_that_are_fitted(blobs):
+    """The oracle: axes do not move when only held-out rows do."""
+    choice = make(criterion="heldout", n_principal=2)
+    fitted, scored = choice._parts(blobs, 0)
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(0))
+    moved = blobs.clone()
+    moved[order[:80]] += torch.tensor([0.0, 0.0, 50.0])
+    again, far = choice._parts(moved, 0)
+    torch.testing.assert_close(again, fitted)
+    assert (fitted.shape, scored.shape) == ((320, 2), (80, 2))
+    assert not torch.allclose(far, scored)
+
+
 @pytest.mark.parametrize(("criterion", "size", "value"), [("bic", 2, 1.0), ("icl", 2, 1.0), ("heldout", 3, 4.0)])
 def test_of_several_seeds_the_smallest_counts_or_of_held_out_rows_the_mean(criterion, size, value):
     trials = [

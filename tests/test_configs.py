@@ -1,5 +1,7 @@
 """The configs: every option of our classes with its default; every file composes and builds; one word is enough."""
 
+import copy
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -29,11 +31,10 @@ OPTIONS = sorted(
 )
 EXPERIMENTS = sorted(file.stem for file in CONFIGS.glob("experiment/*.yaml"))
 PRESETS = sorted(file.stem for file in CONFIGS.glob("em/*.yaml"))
-# What some options need beside the default experiment.
+# What some options need beside them.
 NEEDS = {
-    ("gmm", "classifier"): ["experiment=digits_generative_classifier"],
-    ("model", "generative_classifier"): ["experiment=digits_generative_classifier"],
-    ("model", "outliers"): ["experiment=digits_ood"],
+    ("model", "generative_classifier"): ["gmm=classifier"],
+    ("model", "outliers"): ["gmm=classifier"],
 }
 
 # Values that a run decides, and that therefore differ from the constructor's defaults.
@@ -70,7 +71,18 @@ def _hydra(tmp_path):
 
 
 def composed(*overrides):
+    """Compose the main config, once for the same overrides."""
+    return copy.deepcopy(_composed(overrides))
+
+
+@functools.cache
+def _composed(overrides):
     return compose("train", ["paths.output_dir=out", *overrides])
+
+
+def composed_option(group, option):
+    """Compose one option of a group, without an experiment."""
+    return composed("~experiment", *NEEDS.get((group, option), []), f"{group}={option}")
 
 
 def nodes(value, path=""):
@@ -101,7 +113,7 @@ def public_classes():
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_a_node_of_ours_names_exactly_the_options_of_its_class_with_their_defaults(group, option):
     """What a preset changes is what its own file says; all else is the constructor's."""
-    cfg = OmegaConf.to_container(composed("~experiment", f"{group}={option}")[group], resolve=False)
+    cfg = OmegaConf.to_container(composed_option(group, option)[group], resolve=False)
     said = yaml.safe_load((CONFIGS / group / f"{option}.yaml").read_text()) or {}
     changed = set() if "_target_" in said or "defaults" not in said else set(said)
     for path, node in nodes(cfg):
@@ -116,7 +128,7 @@ def test_a_node_of_ours_names_exactly_the_options_of_its_class_with_their_defaul
 def test_every_public_class_is_built_by_a_config_or_says_why_not():
     built = set()
     for group, option in OPTIONS:
-        cfg = OmegaConf.to_container(composed("~experiment", f"{group}={option}")[group], resolve=False)
+        cfg = OmegaConf.to_container(composed_option(group, option)[group], resolve=False)
         built |= {target(node).__name__ for _, node in nodes(cfg)}
     public = public_classes()
     assert public - set(NOT_BUILT) == built & public
@@ -154,9 +166,10 @@ def test_every_file_says_what_it_is_for_and_every_key_of_a_group_has_a_comment(f
 def test_every_option_of_every_group_composes_and_builds(group, option, tmp_path):
     np.save(tmp_path / "rows.npy", np.eye(3))
     np.savez(tmp_path / "rows.npz", x=np.eye(3))
-    own = {"npz": [f"data.path={tmp_path}/rows.npz"], "npy_folder": [f"data.path={tmp_path}"]}.get(option, [])
-    needed = [*NEEDS.get((group, option), []), *own]
-    cfg = composed(*needed, f"{group}={option}", f"paths.output_dir={tmp_path}")
+    cfg = composed_option(group, option)
+    cfg.paths.output_dir = str(tmp_path)
+    if option in ("npz", "npy_folder"):
+        cfg.data.path = str(tmp_path / "rows.npz" if option == "npz" else tmp_path)
     check_keys(cfg)
     nodes = cfg[group].values() if group in ("callbacks", "logger") else [cfg[group]]
     try:
@@ -175,18 +188,22 @@ def test_every_option_of_every_group_composes_and_builds(group, option, tmp_path
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_one_word_changes_how_em_runs_in_every_experiment(experiment, preset):
     """An experiment chooses a preset by name and sets nothing that another preset would refuse or misread."""
-    cfg = composed(f"experiment={experiment}", f"em={preset}")
+    said = yaml.safe_load((CONFIGS / "experiment" / f"{experiment}.yaml").read_text())
+    em = OmegaConf.merge(composed_option("em", preset).em, said.get("em", {}))  # an experiment comes behind its groups
     own = yaml.safe_load((CONFIGS / "em" / f"{preset}.yaml").read_text())
     kept = {key: value for key, value in own.items() if key not in ("defaults", "start_epoch", *(DECIDED | {"init"}))}
     if preset != "default":
-        assert {key: cfg.em[key] for key in kept} == kept
-    assert (build(cfg.em) is None) == (preset == "off")
+        assert {key: em[key] for key in kept} == kept
+    assert (build(em) is None) == (preset == "off")
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_debug_beats_the_experiment_and_every_experiment_builds(experiment, tmp_path):
-    cfg = composed(f"experiment={experiment}", "debug=fast", f"paths.output_dir={tmp_path}")
+def test_debug_and_words_that_switch_off_beat_the_experiment_and_every_experiment_builds(experiment):
+    cfg = composed(f"experiment={experiment}", "debug=fast", "em=off", "metrics=none", "callbacks=none", "logger=none")
     check_keys(cfg)
+    assert build(cfg.em) is build(cfg.metrics) is None
+    assert not cfg.callbacks
+    assert not cfg.logger
     assert (cfg.trainer.max_epochs, cfg.trainer.limit_train_batches, cfg.gmm.n_init) == (2, 3, 1)
     assert cfg.name == experiment
     model = build(cfg.model)
@@ -194,6 +211,11 @@ def test_debug_beats_the_experiment_and_every_experiment_builds(experiment, tmp_
     mixtures = [m for m in parts if isinstance(m, GaussianMixture)]
     assert len(mixtures) == 1
     assert mixtures[0].n_features == cfg.gmm.n_features
+
+
+def test_a_profile_is_of_a_few_epochs_in_which_em_runs():
+    cfg = composed("debug=profile")
+    assert (cfg.trainer.max_epochs, cfg.trainer.profiler, cfg.em.start_epoch) == (5, "simple", 0)
 
 
 PRIORS = {
@@ -235,6 +257,7 @@ def test_companions_look_at_what_em_looks_at():
     for node in (cfg.metrics, cfg.callbacks.latent_plot):
         assert (node.channel_dim, node.normalize, node.embeddings, node.output_key) == (1, True, "encoder", "z")
         assert node.module == cfg.em.module
+    assert {node.module for node in (cfg.callbacks.latent_plot, cfg.callbacks.weight_history)} == {cfg.metrics.module}
 
 
 @pytest.mark.parametrize("search", sorted(file.stem for file in CONFIGS.glob("hparams_search/*.yaml")))

@@ -2,19 +2,30 @@
 
 import math
 
+import lightning
 import pytest
 import torch
+from matplotlib.figure import Figure
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
-from tgmm_nn import GaussianMixture
-from tgmm_nn.experiments.contrastive import ContrastiveClustering, Encoder, RandomAffine, Rescale, nt_xent
+from tgmm_nn import GaussianMixture, MixtureClassifier
+from tgmm_nn.experiments.contrastive import ContrastiveClustering, Encoder, FeatureNoise, RandomAffine, Rescale, nt_xent
 from tgmm_nn.experiments.digits import DigitsDataModule, LabelledDigitsDataModule
 from tgmm_nn.experiments.drawing import plot_metrics
 from tgmm_nn.experiments.heads import GenerativeClassifier, OutlierDetection, energy, softmax_score
+from tgmm_nn.experiments.identity import EmbeddingClustering
 from tgmm_nn.experiments.networks import Perceptron
 from tgmm_nn.experiments.reports import clustering_scores, format_table
-from tgmm_nn.experiments.rows import NeighbourPairs
+from tgmm_nn.experiments.rows import NeighbourPairs, RowsDataModule
+from tgmm_nn.experiments.running import fit
+from tgmm_nn.experiments.tables import Table
 from tgmm_nn.experiments.vade import VariationalClustering, evidence_lower_bound
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec."),
+    pytest.mark.filterwarnings("ignore:.*`lr_scheduler.step"),
+]
 
 
 def test_a_positive_is_one_of_the_nearest_rows_drawn_anew_and_never_the_row_itself(generator):
@@ -57,7 +68,12 @@ def test_the_encoder_gives_unit_vectors_and_rescaling_unit_mean_square(generator
 
 
 @pytest.mark.parametrize(
-    ("sizes", "match"), [([3], "widths of input and output"), ([3, 0], "`sizes` to be at least 1")]
+    ("sizes", "match"),
+    [
+        ([3], "widths of input and output"),
+        (None, "input and output at least, but got None"),
+        ([3, 0], "`sizes` to be at"),
+    ],
 )
 def test_bad_sizes_raise(sizes, match):
     with pytest.raises(ValueError, match=match):
@@ -90,6 +106,13 @@ def test_maps_stay_within_their_bounds(options, bound):
     maps = RandomAffine([8, 8], **{**still, **options})._maps(2000, torch.device("cpu"))
     off = maps - torch.eye(2, 3)
     assert 0.95 * bound < float(off.abs().max()) <= bound * (1 + 1e-4)
+
+
+def test_images_of_another_size_than_the_rows_are_refused():
+    with pytest.raises(ValueError, match=r"`image_shape` to multiply to the 64 features of a row, but got \[4, 4\]"):
+        RandomAffine([4, 4])(torch.zeros(2, 64))
+    with pytest.raises(ValueError, match="`image_shape` to be height and width, but got 3"):
+        RandomAffine(3)
 
 
 @pytest.mark.parametrize("options", [{"shift": -1}, {"degrees": -1}, {"scale": -0.1}, {"shear": -0.1}])
@@ -153,6 +176,78 @@ def test_of_one_class_only_the_accuracy_says_something():
     }
 
 
+def started(n_components=2, n_features=2):
+    return GaussianMixture(n_components, n_features, random_state=0).initialize(torch.randn(40, n_features))
+
+
+def contrastive(widths=(6, 4, 2)):
+    return ContrastiveClustering(Encoder(list(widths)), started(), FeatureNoise())
+
+
+def variational(widths=(6, 4, 4)):
+    return VariationalClustering(Perceptron(list(widths)), Perceptron([2, 6]), started(), pretrain_epochs=1)
+
+
+def density():
+    classifier = MixtureClassifier(2, 2, random_state=0)
+    return classifier.initialize(torch.randn(40, 2), torch.arange(40) % 2)
+
+
+MODELS = {
+    "contrastive": contrastive,
+    "vade": variational,
+    "identity": lambda: EmbeddingClustering(started(2, 6)),
+    "outliers": lambda: OutlierDetection(Perceptron([6, 2]), Perceptron([2, 6]), density()),
+    "classifier": lambda: GenerativeClassifier(Perceptron([6, 2]), density()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_report_is_of_rows_in_the_precision_of_the_training(name, precision, tmp_path, monkeypatch):
+    """With networks as the trainer leaves them."""
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
+    x = torch.randn(60, 6).numpy()
+    data = RowsDataModule(Table([x], "rows"), torch.arange(60) % 3, None, n_classes=2, test_size=0.3)
+    model = MODELS[name]()
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = lightning.Trainer(max_steps=1, precision=precision, enable_checkpointing=False, **quiet)
+    fit(trainer, model, data, None)
+    rows = model.report(data, tmp_path, seed=0)
+    assert len(rows) > 1
+    assert all(math.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (
+            lambda: contrastive((5, 4, 2)),
+            "`encoder` to map 6 features to 2, but got mat1 and mat2 .*model.encoder.sizes",
+        ),
+        (
+            lambda: contrastive((6, 4, 3)),
+            "`encoder` to map 6 features to 2, but got 3 features; set model.encoder.sizes",
+        ),
+        (lambda: variational((6, 4, 2)), "`encoder` to map 6 features to 4, but got 2 features"),
+    ],
+)
+def test_widths_that_do_not_fit_end_before_training(make, match):
+    data = RowsDataModule(Table([torch.randn(60, 6).numpy()], "rows"), None, None)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    with pytest.raises(ValueError, match=match):
+        lightning.Trainer(max_steps=1, enable_checkpointing=False, **quiet).fit(make(), datamodule=data)
+
+
+def test_what_a_model_remembers_of_its_start_is_in_its_state():
+    """So that a checkpoint carries it, and a process of a fork gives it back."""
+    model, other = variational(), variational()
+    model.start = {"nmi": 0.5, "elbo": -3.0}
+    other.load_state_dict(model.state_dict())
+    assert other.start == model.start
+
+
 def test_a_table_is_aligned():
     table = format_table([{"method": "a", "nmi": 0.51234}, {"method": "longer", "nmi": 1.0}])
     assert table.splitlines() == ["method    nmi", "a       0.512", "longer  1.000"]
@@ -205,8 +300,16 @@ def test_the_evidence_lower_bound_is_that_of_the_distributions(generator):
         (lambda: VariationalClustering(None, None, None, noise=0.0), "`noise` to be above 0"),
         (lambda: VariationalClustering(None, None, None, pretrain_epochs=0), "`pretrain_epochs` to be at least 1"),
         (lambda: GenerativeClassifier(None, None, learning_rate=0.0), "`learning_rate` to be above 0"),
+        (
+            lambda: GenerativeClassifier(None, GaussianMixture(1, 2)),
+            "`density` to be a MixtureClassifier, .*gmm=classif",
+        ),
+        (
+            lambda: EmbeddingClustering(MixtureClassifier(2, 2)),
+            "`gmm` to be a GaussianMixture, but .*; set gmm=default",
+        ),
     ],
 )
 def test_bad_options_of_the_experiments_name_themselves(make, match):
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((ValueError, TypeError), match=match):
         make()

@@ -66,9 +66,23 @@ def test_a_missing_package_of_a_logger_is_a_sentence_that_says_what_to_install()
     )
 
 
-@pytest.mark.parametrize("error", [ValueError("boom"), KeyError("x"), ZeroDivisionError("division by zero")])
+@pytest.mark.parametrize("error", [ValueError("boom"), KeyError("x"), OSError("no file")])
 def test_an_error_that_no_option_caused_keeps_its_traceback(error):
     assert explain(error) is None
+
+
+def test_errors_of_torch_keep_their_traceback_though_they_begin_as_ours_do():
+    with pytest.raises(ValueError, match=r"^Expected more than 1 value per channel") as of_torch:
+        torch.nn.BatchNorm1d(2)(torch.zeros(1, 2))
+    assert explain(of_torch.value) is None
+    with pytest.raises(ValueError, match=r"^Expected `n_components` to be at least 1") as ours:
+        GaussianMixture(0, 2)
+    assert explain(ours.value) == str(ours.value)
+
+
+def test_a_file_out_of_reach_is_a_sentence_that_says_where_a_run_writes():
+    said = "Expected to read and write '/a', but got 'Permission denied'; a run writes where hydra.run.dir=FOLDER says."
+    assert explain(PermissionError(13, "Permission denied", "/a")) == said
 
 
 def test_a_reference_to_what_is_missing_is_a_sentence():
@@ -87,7 +101,7 @@ def test_only_a_folder_without_a_trained_thing_is_discarded_and_none_above_the_c
     monkeypatch.chdir(here)
     for name in ("outputs/a/1", "outputs/a/2", "kept"):
         (here / name / ".hydra").mkdir(parents=True)
-        (here / name / "config.yaml").write_text("seed: 0\n")
+        (here / name / "config.yaml").write_text("# python train.py\nseed: 0\n")
     (here / "kept" / "metrics.csv").write_text("epoch\n")
     discard(here / "outputs" / "a" / "1")
     assert (here / "outputs" / "a" / "2").exists()
@@ -96,6 +110,12 @@ def test_only_a_folder_without_a_trained_thing_is_discarded_and_none_above_the_c
     discard(here / "kept")
     discard(here / "nowhere")
     assert sorted(path.name for path in (here / "kept").iterdir()) == [".hydra", "config.yaml", "metrics.csv"]
+    (here / "mine").mkdir()
+    (here / "mine" / "config.yaml").write_text("of: somebody else\n")
+    discard(here / "mine")
+    assert (here / "mine" / "config.yaml").read_text() == "of: somebody else\n"
+    with pytest.raises(ValueError, match=r"`hydra.run.dir` to be new, but .*mine holds the config.yaml of an earlier"):
+        open_folder(here / "mine", "seed: 3\n")
     (tmp_path / "elsewhere" / "run").mkdir(parents=True)
     discard(tmp_path / "elsewhere" / "run")
     assert list((tmp_path / "elsewhere").iterdir()) == []
@@ -148,6 +168,13 @@ class CtrlC(lightning.Callback):
         self.ended.append(trainer.global_step)
 
 
+class LateCtrlC(lightning.Callback):
+    """Sends the signal behind the last step."""
+
+    def __init__(self, hook):
+        setattr(self, hook, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+
+
 def trainer_with(*callbacks, **options):
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     return lightning.Trainer(callbacks=list(callbacks), enable_checkpointing=False, **quiet, **options)
@@ -178,6 +205,17 @@ def test_ctrl_c_finishes_the_step_saves_and_gives_the_signal_back(tmp_path, caps
     go_on = trainer_with(InterruptCheckpoint(str(tmp_path)), max_epochs=1)
     fit(go_on, BoringModel(), None, str(tmp_path / "interrupted.ckpt"))
     assert go_on.global_step == 64
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("hook", ["on_train_end", "on_validation_end", "on_train_epoch_end"])
+def test_ctrl_c_behind_the_last_step_is_not_lost(hook, tmp_path, capsys):
+    few = {"limit_train_batches": 2, "limit_val_batches": 1, "num_sanity_val_steps": 0, "max_epochs": 1}
+    with pytest.raises(SystemExit):
+        fit(trainer_with(LateCtrlC(hook), InterruptCheckpoint(str(tmp_path)), **few), BoringModel(), None, None)
+    assert torch.load(tmp_path / "interrupted.ckpt", weights_only=True)["global_step"] == 2
+    assert f"ckpt_path={tmp_path / 'interrupted.ckpt'}" in capsys.readouterr().err
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
 

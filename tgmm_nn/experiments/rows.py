@@ -58,8 +58,8 @@ class NeighbourPairs(Rows):
         super().__init__(x, y, chosen)
         if n_neighbors >= len(self):
             raise ValueError(
-                f"Expected `n_neighbors` below the number of rows, {len(self)}, but got {n_neighbors}; take more rows, or "
-                "a smaller data.n_neighbors."
+                f"Expected `n_neighbors` below the number of rows, {len(self)}, but got {n_neighbors}; take more "
+                "rows, or a smaller data.n_neighbors."
             )
         index = NearestNeighbors(n_neighbors=n_neighbors).fit(x[self.chosen].numpy())
         self.neighbours = torch.from_numpy(index.kneighbors(return_distance=False))  # of no query: a row is not its own
