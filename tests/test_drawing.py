@@ -113,6 +113,7 @@ def test_samples_are_decoded_a_row_for_each_component(gmm, drawn, tmp_path):
     assert row.shape == (2, 8 * 3 - 1)  # eight of two columns, and a column of nothing between them
     np.testing.assert_allclose(np.delete(row, range(2, 23, 3), 1), torch.cat([*samples], 1), rtol=1e-6)
     assert np.isnan(row[:, 2::3]).all()
+    assert [line.get_xdata()[0] for line in axes[2].lines] == list(range(2, 23, 3))
     draw_samples(gmm, z, tmp_path, 0)
     assert [ax.get_title() for ax in drawn["samples.png"]] == ["20 rows of the data", "20 samples of the mixture"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -140,6 +141,8 @@ def draw_samples(
     rows = apart.transpose(1, 2).flatten(2)[..., :-1]
     titles = [f"component {k}" for k in heaviest]
     axes = plot_images(rows, titles, title="Decoded samples, a row for each component", columns=1)
+    for ax, number in itertools.product(axes, range(1, 8)):
+        ax.axvline(number * apart.shape[-1] - 1, color="0.4", lw=0.8)  # pixels are white as well
     save(axes[0], folder / "samples.png")
 
 

@@ -137,7 +137,7 @@ def _write_png(figure: Figure, file: Path) -> None:
     canvas, dpi = figure.canvas, figure.dpi
     try:
         figure.set_dpi(DPI)
-        FigureCanvasAgg(figure).print_png(file)  # type: ignore[no-untyped-call]
+        FigureCanvasAgg(figure).print_png(file, pil_kwargs={"compress_level": 3})  # type: ignore[no-untyped-call]
     finally:
         figure.set_canvas(canvas)
         figure.set_dpi(dpi)
