@@ -6,13 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import lightning
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
-from test_train import ROOT, _clean_state, pytestmark, train  # noqa: F401  # fixtures
+from test_train import ROOT, _cheap_pictures, _clean_state, pytestmark, run_train, train  # noqa: F401  # fixtures
 
 from tgmm_nn import GaussianMixture
 from tgmm_nn.experiments.arrays import NpzDataModule
@@ -20,8 +21,8 @@ from tgmm_nn.experiments.identity import EmbeddingClustering
 from tgmm_nn.lightning import EMCallback
 
 QUIET = "trainer.enable_progress_bar=false"
+SMALL = "callbacks.latent_plot=null"
 SHORT = [QUIET, "trainer.max_epochs=2", "em.start_epoch=0", "gmm.n_init=1", "callbacks=none"]
-KEEP = [part for part in SHORT if part != "callbacks=none"]
 
 
 def blobs(n_rows, seed=0):
@@ -31,9 +32,10 @@ def blobs(n_rows, seed=0):
     return (10 * np.eye(4, 5)[y] + generator.normal(size=(n_rows, 5))) * [1, 1, 100, 1, 0.01] + 3, y
 
 
-@pytest.fixture
-def files(tmp_path):
-    """Labelled and unlabelled rows, new rows, and rows of another width, by name."""
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Labelled and unlabelled rows, new rows, and rows of another width, by name; tests write nothing here."""
+    tmp_path = tmp_path_factory.mktemp("rows")
     x, y = blobs(200)
     new, of_new = blobs(90, seed=1)
     np.savez(tmp_path / "labelled.npz", x=x, y=y)
@@ -45,6 +47,20 @@ def files(tmp_path):
         np.save(tmp_path / "shards" / f"{name}.npy", new[part].astype("float32"))
         np.save(tmp_path / "shards" / f"{name}.labels.npy", of_new[part])
     return tmp_path
+
+
+@pytest.fixture
+def files(rows, tmp_path):
+    """The files of `rows`, in a folder of the test."""
+    return Path(shutil.copytree(rows, tmp_path / "rows"))
+
+
+@pytest.fixture(scope="module")
+def trained(rows, tmp_path_factory):
+    """The folder of a run that clusters the labelled rows as embeddings."""
+    path = f"data.path={rows / 'labelled.npz'}"
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    return run_train(folder, "experiment=embeddings", "data=npz", path, "gmm.n_components=4", QUIET, SMALL)
 
 
 def table(file):
@@ -87,10 +103,8 @@ def test_given_embeddings_get_one_exact_step_of_em_in_each_epoch(mode, files):
     torch.testing.assert_close(model.gmm.weights_, alone.weights_, rtol=1e-4, atol=1e-5)
 
 
-def test_embeddings_are_clustered_by_one_short_command_and_new_ones_scored(train, files, capsys):
-    folder = train(
-        "experiment=embeddings", "data=npz", f"data.path={files / 'labelled.npz'}", "gmm.n_components=4", QUIET
-    )
+def test_embeddings_are_clustered_by_one_short_command_and_new_ones_scored(train, trained, files, capsys):
+    folder = trained
     assert float(table(folder / "results.csv")[0]["accuracy"]) == 1.0
 
     ckpt = f"ckpt_path={folder / 'checkpoints' / 'last.ckpt'}"
@@ -128,19 +142,12 @@ def test_embeddings_are_clustered_by_one_short_command_and_new_ones_scored(train
     assert (again / "assignments.csv").read_text() == (scored / "assignments.csv").read_text()
 
 
-def test_rows_far_from_the_mixture_are_outliers_and_five_percent_of_its_own(train, files):
-    folder = train(
-        "experiment=embeddings",
-        "data=npz",
-        f"data.path={files / 'bare.npz'}",
-        "data.scale=null",
-        "gmm.n_components=4",
-        QUIET,
-    )
-    gmm = mixture_of(folder, n_components=4, n_features=5)
+def test_rows_far_from_the_mixture_are_outliers_and_five_percent_of_its_own(train, trained, files):
+    gmm, scaling = mixture_of(trained, n_components=4, n_features=5), NpzDataModule(files / "labelled.npz").rows.scaling
     own, _ = gmm.sample(3000, generator=torch.Generator().manual_seed(3))
-    np.savez(files / "both.npz", x=np.concatenate([own.numpy(), own.numpy()[:100] + 1e4]))
-    ckpt = f"ckpt_path={folder / 'checkpoints' / 'last.ckpt'}"
+    far = torch.cat([own, own[:100] + 1e4]).double() / scaling.factor + scaling.offset  # in the units of the file
+    np.savez(files / "both.npz", x=far.numpy())
+    ckpt = f"ckpt_path={trained / 'checkpoints' / 'last.ckpt'}"
     scored = train("train=false", ckpt, "data=npz", f"data.path={files / 'both.npz'}", folder="scored")
     outlier = column(table(scored / "log_density.csv"), "outlier")
     assert outlier[3000:].all()
@@ -150,8 +157,16 @@ def test_rows_far_from_the_mixture_are_outliers_and_five_percent_of_its_own(trai
     assert "accuracy" not in row
 
 
+def test_a_row_without_a_log_density_is_named_with_its_file(train, trained, files):
+    np.save(files / "shards" / "b.npy", 1e30 * np.ones((20, 5), "float32"))
+    rows = ["data=npy_folder", f"data.path={files / 'shards'}"]
+    with pytest.raises(SystemExit, match=r"`x` of .*shards with rows like those of .* row 0 of b.npy is -?(inf|nan)"):
+        train("train=false", f"ckpt_path={trained / 'checkpoints' / 'last.ckpt'}", *rows)
+
+
 def test_the_identity_runs_beside_another_experiment_and_takes_the_width_of_the_rows(train, files):
-    folder = train("model=identity", "data=npz", f"data.path={files / 'labelled.npz'}", *SHORT)
+    """Of rows that stay on the disk."""
+    folder = train("model=identity", "data=npy_folder", f"data.path={files / 'shards'}", *SHORT)
     assert float(table(folder / "results.csv")[0]["nmi"]) > 0.5
     assert [row["method"] for row in table(folder / "results.csv")][1:] == ["k-means on the embeddings"]
 
@@ -213,12 +228,11 @@ def test_images_of_another_size_are_augmented_as_images_and_drawn(train, files):
     assert "k-means on pixels" in (folder / "results.csv").read_text()
 
 
-def test_a_checkpoint_scales_new_rows_as_those_that_it_was_trained_on(train, files):
+def test_a_checkpoint_scales_new_rows_as_those_that_it_was_trained_on(train, trained, files):
     """The oracle: the first rows of the training, given alone, get the embeddings that they had among all."""
     x, _ = blobs(200)
     np.savez(files / "few.npz", x=x[:6])
-    folder = train("data=npz", f"data.path={files / 'bare.npz'}", *KEEP, "gmm.n_components=4")
-    ckpt = f"ckpt_path={folder / 'checkpoints' / 'last.ckpt'}"
+    ckpt = f"ckpt_path={trained / 'checkpoints' / 'last.ckpt'}"
     rows = ["train=false", ckpt, "data=npz"]
     scored = [train(*rows, f"data.path={files / name}.npz", folder=f"of_{name}") for name in ("few", "bare")]
     few, many = (column(table(run / "log_density.csv"), "log_density") for run in scored)
@@ -228,7 +242,7 @@ def test_a_checkpoint_scales_new_rows_as_those_that_it_was_trained_on(train, fil
 def test_a_generative_classifier_holds_rows_out_and_scores_new_ones_by_class(train, files):
     classifier = "experiment=digits_generative_classifier"
     path = f"data.path={files / 'labelled.npz'}"
-    folder = train(classifier, "data=npz", path, QUIET, "trainer.max_epochs=4", "callbacks.interrupt=null")
+    folder = train(classifier, "data=npz", path, QUIET, SMALL, "trainer.max_epochs=4", "callbacks.interrupt=null")
     assert float(table(folder / "results.csv")[0]["accuracy"]) > 0.9
     ckpt = f"ckpt_path={folder / 'checkpoints' / 'last.ckpt'}"
     scored = train("train=false", ckpt, "data=npz", f"data.path={files / 'new.npz'}", folder="scored")
@@ -285,10 +299,8 @@ def test_fewer_rows_than_components_end_before_training(train, files):
             train(f"experiment={experiment}", "data=npz", f"data.path={files / 'wide.npz'}", QUIET, folder=experiment)
 
 
-def test_a_checkpoint_of_another_model_is_one_message(train, files):
-    embeddings = ["experiment=embeddings", "data=npz", f"data.path={files / 'bare.npz'}", QUIET]
-    folder = train(*embeddings, "gmm.n_components=4")
-    checkpoint = folder / "checkpoints" / "last.ckpt"
+def test_a_checkpoint_of_another_model_is_one_message(train, trained, files):
+    checkpoint = trained / "checkpoints" / "last.ckpt"
     evaluate = ["train=false", f"ckpt_path={checkpoint}", "data=npz", f"data.path={files / 'new.npz'}"]
 
     def refuse(match, *overrides):
@@ -302,15 +314,20 @@ def test_a_checkpoint_of_another_model_is_one_message(train, files):
     refuse(
         r"`model._target_` as the checkpoint was .*EmbeddingClustering', but got", *evaluate, "experiment=digits_vade"
     )
-    train(*evaluate, "gmm.n_components=4", folder="same")  # said again, and right
+    refuse(r"`prior.mean` as the checkpoint was trained with, None, but got 0.0 by prior=niw", *evaluate, "prior=niw")
+    refuse(r"no `data.scale` with train=false, .* but got 'data.scale=3'", *evaluate, "data.scale=3")
+    same = train(*evaluate, "gmm.n_components=4", "prior=none", folder="same")  # said again, and right
 
     alone = files / "alone.ckpt"  # away from the config of its run: the command line has to say what it is
     shutil.copy(checkpoint, alone)
     evaluate[1] = f"ckpt_path={alone}"
     refuse(r"a checkpoint of a ContrastiveClustering as the config has it, but .*alone.ckpt is not", *evaluate)
     known = [*evaluate, "experiment=embeddings", "gmm.n_components=4"]
+    refuse(r"`model` with train=false to be one that is trained, but got C", *evaluate, "experiment=choose_components")
+    if not torch.cuda.is_available():
+        refuse(r"No supported gpu backend found! \(in `trainer`\)", *known, "trainer=gpu")
     scored = train(*known, folder="known")
-    assert (scored / "log_density.csv").read_text() == (files / "same" / "log_density.csv").read_text()
+    assert (scored / "log_density.csv").read_text() == (same / "log_density.csv").read_text()
 
     state = torch.load(checkpoint, weights_only=True)
     torch.save({**state, "NpzDataModule": {}}, alone)

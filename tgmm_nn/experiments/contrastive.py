@@ -226,6 +226,7 @@ class ContrastiveClustering(lightning.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         check_components(self.gmm, data)
         if isinstance(data, RowsDataModule):
+            check_network(self, "augmentation", data.n_features, data.n_features)
             check_network(self, "encoder", data.n_features, self.gmm.n_features)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

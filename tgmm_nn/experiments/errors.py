@@ -104,11 +104,7 @@ def unknown_key(where: str, key: str, meant: list[str], known: Iterable[str]) ->
 def _of_null(words: list[str]) -> str | None:
     """Name the group that an override gives no option, for which Hydra has no words; None if there is none."""
     nulls = [word.removesuffix("=null") for word in words if word.endswith("=null") and "." not in word]
-    return (
-        f"Expected `{nulls[0]}` to be the name of an option, but got null; name one, or leave it out."
-        if nulls
-        else None
-    )
+    return f"Expected `{nulls[0]}` to name an option, but got null; name one, or leave it out." if nulls else None
 
 
 def _raised_in(error: BaseException) -> str:

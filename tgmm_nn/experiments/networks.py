@@ -68,8 +68,10 @@ def check_network(model: lightning.LightningModule, name: str, n_inputs: int, n_
     """
     network: nn.Module = getattr(model, name)
     was_training, found = network.training, ""
+    gpus = [model.device] if model.device.type == "cuda" else []
     try:
-        shape = network.eval()(as_input(model, torch.zeros(2, n_inputs))).shape
+        with torch.random.fork_rng(gpus):  # a random map draws, and training is to draw what it would have drawn
+            shape = network.eval()(as_input(model, torch.zeros(2, n_inputs))).shape
         found = "" if shape == (2, n_outputs) else f"{shape[-1]} features"
     except RuntimeError as error:
         found = str(error)
