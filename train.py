@@ -35,7 +35,7 @@ from tgmm_nn.experiments.sweeps import SweepTable
 NOT_FOR_US = (
     ".*does not have many workers.*",
     ".*is smaller than the logging interval.*",
-    ".*exists and is not empty.*",  # it holds config.yaml; a folder with an earlier run's metrics is refused
+    ".*exists and is not empty.*",  # it holds config.yaml; a folder of an earlier run is refused
     ".*LeafSpec.*is deprecated.*",
     "Sparse invariant checks.*",
     ".*resuming from a checkpoint that ended before the epoch ended.*",  # Ctrl-C's: the README says how it goes on

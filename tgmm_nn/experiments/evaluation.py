@@ -91,6 +91,7 @@ def rebuild(
     """Return the model of a checkpoint, and scale the rows as those that it was trained on.
 
     Raises:
+        TypeError: If the config is of what is not trained.
         ValueError: If the checkpoint is of no run, of another model, or of rows of another width.
     """
     expected = "Expected `ckpt_path` to be"
