@@ -271,6 +271,13 @@ def test_how_a_mixture_did_at_its_start_is_told_after_a_resume(train):
     assert rows["mixture at its end"]["elbo"] != start["elbo"]
 
 
+@pytest.mark.parametrize("experiment", ["digits_ood", "digits_generative_classifier"])
+def test_of_one_class_of_one_component_all_held_out_rows_are(experiment, train):
+    folder = train(f"experiment={experiment}", *DEBUG[:2], "data.n_classes=1", "gmm.components_per_class=1")
+    assert {row["accuracy"] for row in table(folder)} <= {"1.0", ""}
+    assert table(folder)[0]["accuracy"] == "1.0"
+
+
 # One for each kind of report.
 @pytest.mark.parametrize("experiment", ["digits_contrastive", "digits_ood", "digits_generative_classifier"])
 def test_without_em_a_run_works_and_its_table_says_that_the_mixture_was_not_started(experiment, train, capsys):
