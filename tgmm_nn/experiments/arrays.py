@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -78,9 +79,9 @@ class ArraysDataModule(RowsDataModule):
         )
 
     @staticmethod
+    @abstractmethod
     def read(path: str) -> tuple[list[NDArray[Any]], Tensor | None, Any]:
         """Return arrays of rows, the label of each row or None, and the shape of images or None; or raise."""
-        raise NotImplementedError
 
 
 class NpzDataModule(ArraysDataModule):
