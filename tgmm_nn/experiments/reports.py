@@ -108,7 +108,14 @@ def clustering_report(
         }
         raw = GaussianMixture(k, x.shape[1], **how)
         methods[f"full mixture on {rows} (reg_covar=0.01)"] = raw.fit_predict(x, sync=False)  # the other ranks are done
-    _draw(gmm, z, x, y, image_shape, folder, seed, decode)
+
+    draw_latent(gmm, z, y, folder)
+    draw_density(gmm, z, folder)
+    if gmm.fitted_ and y is not None:
+        draw_contingency(gmm.predict(z), y, gmm.n_components, folder)
+    draw_components(gmm, mean_images(gmm.predict_proba(z), x), image_shape, folder, "Mean image")
+    draw_samples(gmm, z, folder, seed, image_shape, decode)
+
     table: list[Row] = [{"method": name, **clustering_scores(clusters, y)} for name, clusters in methods.items()]
     return [if_started(gmm, table[0]), *table[1:]]
 
@@ -149,22 +156,3 @@ def format_table(rows: list[Row]) -> str:
 def _kmeans(x: Tensor, n_clusters: int, seed: int) -> Tensor:
     labels = KMeans(n_clusters, n_init=10, random_state=seed).fit_predict(x.cpu().numpy())
     return torch.from_numpy(labels).long()
-
-
-def _draw(
-    gmm: GaussianMixture,
-    z: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    image_shape: tuple[int, int] | None,
-    folder: Path,
-    seed: int,
-    decode: Callable[[Tensor], Tensor] | None,
-) -> None:
-    """Write the pictures of a clustering."""
-    draw_latent(gmm, z, y, folder)
-    draw_density(gmm, z, folder)
-    if gmm.fitted_ and y is not None:
-        draw_contingency(gmm.predict(z), y, gmm.n_components, folder)
-    draw_components(gmm, mean_images(gmm.predict_proba(z), x), image_shape, folder, "Mean image")
-    draw_samples(gmm, z, folder, seed, image_shape, decode)
