@@ -316,6 +316,10 @@ def test_a_checkpoint_of_another_model_is_one_message(train, trained, files):
     )
     refuse(r"`prior.mean` as the checkpoint was trained with, None, but got 0.0 by prior=niw", *evaluate, "prior=niw")
     refuse(r"no `data.scale` with train=false, .* but got 'data.scale=3'", *evaluate, "data.scale=3")
+    for without_effect in ("em=minibatch", "em.mode=full", "metrics.prefix=x", "callbacks=none", "logger=none"):
+        name = without_effect.split("=")[0]
+        refuse(rf"no `{name}` with train=false, which trains and logs nothing, but got", *evaluate, without_effect)
+    refuse(r"no `trainer.max_epochs` with train=false, .* a device and a precision", *evaluate, "trainer.max_epochs=3")
     same = train(*evaluate, "gmm.n_components=4", "prior=none", folder="same")  # said again, and right
 
     alone = files / "alone.ckpt"  # away from the config of its run: the command line has to say what it is

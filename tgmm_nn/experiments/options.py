@@ -37,8 +37,16 @@ KEYS_OF = {
     "paths": ("output_dir",),
     "prior": ("weight_concentration", "mean", "mean_precision", "covariance", "degrees_of_freedom"),
 }
-# What counts of the data where a checkpoint is evaluated.
-OF_EVALUATION = ("data._target_", "data.path", "data.batch_size")
+# With train=false: groups that have no say, with why, and what counts of those that have.
+OF_TRAINING = dict.fromkeys(("em", "metrics", "callbacks", "logger"), "which trains and logs nothing") | {
+    "data": "which scores all rows, scaled as those of the training",
+    "trainer": "which takes a device and a precision alone",
+}
+OF_EVALUATION = (
+    *("data", "data._target_", "data.path", "data.batch_size"),
+    *("trainer", "trainer._target_", "trainer.accelerator", "trainer.devices", "trainer.strategy"),
+    *("trainer.precision", "trainer.enable_progress_bar"),
+)
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
@@ -89,11 +97,9 @@ def check_overrides(cfg: DictConfig, overrides: Iterable[str]) -> None:
             raise ValueError(
                 f"Expected no `{key}`, which a run takes from its data, but got {override!r}; leave it out."
             )
-        if not cfg.train and key.split(".")[0] == "data" and key not in ("data", *OF_EVALUATION):
-            raise ValueError(
-                f"Expected no `{key}` with train=false, which scores all rows, scaled as those of the training, "
-                f"but got {override!r}; leave it out."
-            )
+        why = OF_TRAINING.get(key.split(".")[0])
+        if not cfg.train and why and key not in OF_EVALUATION:
+            raise ValueError(f"Expected no `{key}` with train=false, {why}, but got {override!r}; leave it out.")
 
 
 def key_of(override: str) -> str:
