@@ -202,7 +202,7 @@ def test_a_module_cast_to_half_keeps_what_its_metric_has_counted(metric, names, 
 
 @pytest.mark.parametrize(("metric", "names"), METRICS[3:])
 def test_on_a_device_without_float64_sums_are_kept_in_float32(metric, names, inputs, monkeypatch):
-    monkeypatch.setattr("tgmm_nn.metrics.accumulator_dtype", lambda device: torch.float32)
+    monkeypatch.setattr("tgmm_nn.metrics.base.accumulator_dtype", lambda device: torch.float32)
     narrow, wide = make(metric).to("cpu"), make(metric)
     value = narrow(*(inputs[name] for name in names))
     assert {state.dtype for state in narrow.metric_state.values()} <= {torch.float32, torch.int64}

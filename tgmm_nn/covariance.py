@@ -50,19 +50,18 @@ class Full(Covariance):
     def eigenvalues(self, element: Tensor) -> Tensor:
         return torch.linalg.eigvalsh(element)
 
-    def add_to_diagonal(self, element: Tensor, value: float | Tensor) -> Tensor:
-        lifted = element.clone()
-        lifted.diagonal(dim1=-2, dim2=-1).add_(value.unsqueeze(-1) if isinstance(value, Tensor) else value)
-        return lifted
+    def add_to_diagonal_(self, element: Tensor, value: float | Tensor) -> Tensor:
+        self.variances(element).add_(value.unsqueeze(-1) if isinstance(value, Tensor) else value)
+        return element
 
     def matrix(self, element: Tensor, n_features: int) -> Tensor:
         return element
 
-    def is_positive(self, covariance: Tensor, eps: float | None = None) -> Tensor:
-        lower, info = torch.linalg.cholesky_ex(covariance)
-        # What is left of a variance given the features before it may be rounding alone, where rows lie in a plane.
-        noise = 10 * covariance.shape[-1] * (eps or torch.finfo(covariance.dtype).eps)
-        return (info == 0) & (self.variances(lower).square() > noise * self.variances(covariance)).all(-1)
+    def is_positive(self, covariance: Tensor, eps: float | None = None, factor: Tensor | None = None) -> Tensor:
+        if factor is None:
+            lower, info = torch.linalg.cholesky_ex(covariance)
+            return (info == 0) & self._is_clear(self.variances(lower).square(), covariance, eps)
+        return self._is_clear(self.variances(factor).square().reciprocal(), covariance, eps)
 
     def is_factor(self, factor: Tensor) -> Tensor:
         return (self.variances(factor) > 0).all(-1) & (factor.tril(-1) == 0).all(-1).all(-1)
@@ -111,8 +110,7 @@ class Full(Covariance):
         return y[0] if len(y) == 1 else torch.cat(y, -1)
 
     def whitened_second(self, y: Tensor, r: Tensor) -> Tensor:
-        blocks, r = blocks_of(y.shape[-1]), r.unsqueeze(-1)
-        return symmetric([self.pool((y[..., i:j] * r).mT @ y[..., :j]) for i, j in blocks])
+        return self.pool((y * r.unsqueeze(-1)).mT @ y)
 
     def features(self, x: Tensor) -> Tensor:
         d, n = x.shape
@@ -149,6 +147,11 @@ class Full(Covariance):
     def normals(self, means: Tensor, factor: Tensor) -> Distribution:
         return MultivariateNormal(means, scale_tril=self.root(factor))
 
+    def _is_clear(self, left: Tensor, covariance: Tensor, eps: float | None) -> Tensor:
+        # What is left of a variance given the features before it may be rounding alone, where rows lie in a plane.
+        noise = 10 * covariance.shape[-1] * (eps or torch.finfo(covariance.dtype).eps)
+        return (left > noise * self.variances(covariance)).all(-1)
+
     @staticmethod
     def _pairs(x: Tensor) -> tuple[Tensor, Tensor]:
         i, j = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device).unbind()
@@ -177,7 +180,7 @@ class Uncorrelated(Covariance):
     def eigenvalues(self, element: Tensor) -> Tensor:
         return self.variances(element)
 
-    def is_positive(self, covariance: Tensor, eps: float | None = None) -> Tensor:
+    def is_positive(self, covariance: Tensor, eps: float | None = None, factor: Tensor | None = None) -> Tensor:
         return (self.variances(covariance) > 0).all(-1)
 
     def is_factor(self, factor: Tensor) -> Tensor:
@@ -220,8 +223,8 @@ class Diagonal(Uncorrelated):
     def variances(self, element: Tensor) -> Tensor:
         return element
 
-    def add_to_diagonal(self, element: Tensor, value: float | Tensor) -> Tensor:
-        return element + (value[..., None] if isinstance(value, Tensor) else value)
+    def add_to_diagonal_(self, element: Tensor, value: float | Tensor) -> Tensor:
+        return element.add_(value[..., None] if isinstance(value, Tensor) else value)
 
     def matrix(self, element: Tensor, n_features: int) -> Tensor:
         return torch.diag_embed(element)
@@ -279,8 +282,8 @@ class Spherical(Uncorrelated):
     def variances(self, element: Tensor) -> Tensor:
         return element.unsqueeze(-1)
 
-    def add_to_diagonal(self, element: Tensor, value: float | Tensor) -> Tensor:
-        return element + value
+    def add_to_diagonal_(self, element: Tensor, value: float | Tensor) -> Tensor:
+        return element.add_(value)
 
     def matrix(self, element: Tensor, n_features: int) -> Tensor:
         return element[..., None, None] * torch.eye(n_features, dtype=element.dtype, device=element.device)

@@ -1,8 +1,9 @@
-r"""The E-step: the sums that an M-step needs, in two forms with one result.
+r"""The E-step: the sums that an M-step needs, in three forms with one result.
 
 `whitened_statistics` forms :math:`y = P_k^\top (x - \mu_k)` for every component and sums about each component's own
 mean: as accurate as the dtype can be. `moment_statistics` writes the mixture as an exponential family, with two matrix
 products in all: faster, and accurate where the dtype has digits for the squared range of the data (`conditioning`).
+`blockwise_statistics` sums the same moments of rows with many features, whose products would be too many to write.
 `expectation` takes one of them by a stated rule.
 
 Notation is that of `tgmm_nn.functional`. Nothing here reads a value on the host.
@@ -11,7 +12,7 @@ Notation is that of `tgmm_nn.functional`. Nothing here reads a value on the host
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -28,8 +29,10 @@ from tgmm_nn.functional import (
 )
 from tgmm_nn.products import add_product_, product
 from tgmm_nn.statistics import Parameters, Statistics, accumulator_dtype
+from tgmm_nn.triangular import BLOCK, second_moments, second_moments_of_each, symmetric, whitened_blocks, whitening
 
 __all__ = [
+    "blockwise_statistics",
     "conditioning",
     "expectation",
     "moment_statistics",
@@ -41,6 +44,13 @@ Sums = tuple[Tensor, ...]
 
 # Features up to which products in float64 are no slower than whitening in float32, which then moves more than it adds.
 FEW = 32
+
+# Features from which on full matrices are used by blocks; narrower ones are a product for each component.
+WIDE = 2 * BLOCK
+
+# Moments of a row, at most and in multiples of the numbers that whitening forms, up to which it is faster to form them
+# than to go by blocks of features: of full covariances those of up to about 90 features.
+FORMED, WIDEST = 4, 4500
 
 # Products n · d² of a batch up to which it is quicker to write all of them at once than to pick half of them.
 SMALL = 2**18
@@ -61,6 +71,8 @@ def expectation(
 
     The form is chosen by shapes alone, but for ``moments``, where a caller who may look at values has done so:
 
+    - untied full covariances of 128 features and more, or with ``moments`` where a row has too many of them to form:
+      `blockwise_statistics`;
     - ``moments``: `moment_statistics` in the dtype of the rows;
     - else, for float32 rows whose moments are hardly more numbers than the row (`Covariance.is_narrow`: all families
       but the untied full one), or which have few features: `moment_statistics` in float64, whose digits are enough for
@@ -85,6 +97,8 @@ def expectation(
     wide = accumulator_dtype(x.device)
     narrow = covariance.is_narrow(x.shape[-1]) or x.shape[-1] <= FEW
     of_rows = (sample_weight, log_prior, assignment)
+    if not covariance.is_narrow(x.shape[-1]) and _is_wide(parameters.means, covariance, moments):
+        return blockwise_statistics(x, parameters, covariance, *of_rows, moments=moments, chunk_size=chunk_size)
     if moments or (narrow and x.dtype != wide):
         dtype = x.dtype if moments else wide
         return moment_statistics(x, parameters, covariance, *of_rows, dtype=dtype, chunk_size=chunk_size)
@@ -137,14 +151,13 @@ def whitened_statistics(
         shares = responsibilities(joint.mul_(LOG2_E), weight, prior, assignment)
         y.clamp_(-bound, bound).nan_to_num_(0.0)
         first = (shares.r.unsqueeze(1) @ y).squeeze(1)
-        return _sums(first, covariance.whitened_second(y, shares.r), shares)
+        return _sums(shares, first, covariance.whitened_second(y, shares.r))
 
-    # Each chunk adds to K · d² sums, so that it should not have fewer rows than those have columns.
-    size = chunk_size or max(2 * n_features, rows_per_chunk(n_components * n_features, x.element_size()))
-    first, second, *totals = _sum_of_chunks(sums, chunks(size, x, sample_weight, log_prior), wide)
+    size = chunk_size or rows_per_chunk(n_components * n_features, x.element_size())
+    *totals, first, second = _sum_of_chunks(sums, chunks(size, x, sample_weight, log_prior), wide)
     root = covariance.root(about.factor.to(wide))
     first, second = covariance.apply(root, first), covariance.congruence(root, second)
-    return _statistics(first, second, totals, origin.to(wide) + about.means.to(wide), covariance)
+    return _statistics(totals, first, second, origin.to(wide) + about.means.to(wide), covariance)
 
 
 def moment_statistics(
@@ -206,10 +219,10 @@ def moment_statistics(
             add_product_(joint, quadratic, features, alpha=LOG2_E)
             shares = responsibilities(joint, weight, prior, assignment, usable)
             second = product(shares.r, features.mT)
-        return _sums(shares.r @ columns.mT, second, shares)
+        return _sums(shares, shares.r @ columns.mT, second)
 
     size = chunk_size or rows_per_chunk(max(len(linear), moment_width(n_features, covariance)), dtype.itemsize)
-    first, second, *totals = _sum_of_chunks(sums, chunks(size, x, sample_weight, log_prior), wide)
+    *totals, first, second = _sum_of_chunks(sums, chunks(size, x, sample_weight, log_prior), wide)
     if covariance.tied:
         precision = covariance.square(parameters.factor.to(wide))
         trace = -0.5 * covariance.inner(precision, second, n_features).squeeze(0)
@@ -217,18 +230,81 @@ def moment_statistics(
         totals = [count, log_likelihood + trace, classification + trace, *rows]
     else:
         second = form.unpack(second, n_features)
-    return _statistics(first, second, totals, origin, covariance)
+    return _statistics(totals, first, second, origin, covariance)
+
+
+def blockwise_statistics(
+    x: Tensor,
+    parameters: Parameters,
+    covariance: Covariance,
+    sample_weight: Tensor | None = None,
+    log_prior: Tensor | None = None,
+    assignment: Assignment = SOFT,
+    *,
+    moments: bool = False,
+    chunk_size: int | None = None,
+) -> Statistics:
+    """Sum the same as `whitened_statistics` where components have full matrices, which are used block by block.
+
+    All components whiten a block of features in one product, and no product is spent on empty halves. With ``moments``
+    the second moments are those of the rows themselves: whitened rows are not kept, nothing has to be mapped back, and
+    the error is that of `moment_statistics`.
+
+    Args:
+        x: See `whitened_statistics`.
+        parameters: See there.
+        covariance: See there.
+        sample_weight: See there.
+        log_prior: See there.
+        assignment: See there.
+        moments: Whether `conditioning` allows moments in the dtype of the rows.
+        chunk_size: See there.
+
+    Returns:
+        Statistics about each component's own mean, or with ``moments`` about the mixture's.
+    """
+    wide, (n_components, n_features) = accumulator_dtype(x.device), parameters.means.shape
+    origin = mixture_mean(parameters).to(x.dtype)
+    about = parameters.about(origin).to(x.dtype)
+    maps = whitening(about.means, about.factor)
+    # Each chunk adds to K · d² sums, so that it should not have fewer rows than those have columns.
+    size = chunk_size or max(2 * n_features, rows_per_chunk(n_components * n_features, x.element_size()))
+    space = x.new_empty(0 if moments else min(size, len(x)) * n_components * n_features)
+
+    def sums(rows: Tensor, weight: Tensor | None, prior: Tensor | None) -> Sums:
+        rows, squared = mask_rows(rows - origin, x.dtype)
+        columns = torch.cat([rows.new_ones(1, len(rows)), rows.mT])
+        lengths, place = rows.new_zeros(n_components, len(rows)), 0
+        y = rows if moments else space[: n_components * rows.numel()].view(n_components, n_features, len(rows))
+        for block in whitened_blocks(columns, maps):
+            if not moments:  # where it overflows the share is 0, and 0 · inf would be nan
+                torch.nan_to_num(block, out=y[:, place : place + block.shape[1]])
+            place += block.shape[1]
+            lengths.add_(block.square_().sum(1))
+        joint = joint_of_distances(lengths, about, covariance).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
+        shares = responsibilities(joint.mul_(LOG2_E), weight, prior, assignment, squared < math.inf)
+        if moments:
+            return _sums(shares, shares.r @ rows, *second_moments(columns[1:], shares.r))
+        return _sums(shares, (y @ shares.r[..., None]).squeeze(-1), *second_moments_of_each(y, shares.r))
+
+    total = _sum_of_chunks(sums, chunks(size, x, sample_weight, log_prior), wide)
+    totals, first, second = total[:5], total[5], symmetric(total[6:])
+    if moments:
+        return _statistics(totals, first, second, origin, covariance)
+    root = covariance.root(about.factor.to(wide))
+    first, second = covariance.apply(root, first), covariance.congruence(root, second)
+    return _statistics(totals, first, second, origin.to(wide) + about.means.to(wide), covariance)
 
 
 def moment_width(n_features: int, covariance: Covariance) -> int:
-    """Return how many numbers `moment_statistics` forms from a row; `whitened_statistics` forms K · d."""
+    """Return how many numbers `moment_statistics` forms from a row; the other forms make K · d."""
     return 1 + n_features + (0 if covariance.tied else covariance.n_parameters(n_features))
 
 
 def conditioning(scale: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
     r"""Return the squared range of the data in standard deviations of its narrowest component.
 
-    .. math:: b = \max_k s^\top |A_k| s, \qquad A_k = P_k P_k^\top
+    .. math:: b = \max_k \bigl| |P_k|^\top s \bigr|^2 \ge \max_k s^\top |A_k| s, \qquad A_k = P_k P_k^\top
 
     The covariance error of `moment_statistics` is at most about b times the dtype's epsilon.
 
@@ -237,8 +313,15 @@ def conditioning(scale: Tensor, parameters: Parameters, covariance: Covariance) 
         parameters: Parameters of the E-step.
         covariance: Structure of the covariances.
     """
-    precision = covariance.square(parameters.factor).abs()
-    return (covariance.dual(precision, len(scale)) @ covariance.features(scale[:, None])).amax()
+    ranges = covariance.whiten(scale[None], torch.zeros_like(parameters.means), parameters.factor.abs())
+    return ranges.square().sum(-1).amax()
+
+
+def _is_wide(means: Tensor, covariance: Covariance, moments: bool) -> bool:
+    """Return whether full matrices are many blocks, or the moments of a row too many to be formed."""
+    n_features = means.shape[-1]
+    too_many = moment_width(n_features, covariance) > min(FORMED * means.numel(), WIDEST)
+    return n_features >= WIDE or (moments and too_many)
 
 
 def _sum_of_chunks(
@@ -252,14 +335,15 @@ def _sum_of_chunks(
     return total
 
 
-def _sums(first: Tensor, second: Tensor, shares: Shares) -> Sums:
+def _sums(shares: Shares, first: Tensor, *second: Tensor) -> Sums:
+    """Return what a chunk adds up to: count, likelihoods and numbers of rows, and the moments."""
     rows = shares.usable.sum()
     totals = (shares.log_likelihood, shares.classification, rows, shares.usable.numel() - rows)
-    return (first, second, shares.r.sum(-1), *totals)
+    return (shares.r.sum(-1), *totals, first, *second)
 
 
 def _statistics(
-    first: Tensor, second: Tensor, totals: list[Tensor], origin: Tensor, covariance: Covariance
+    totals: Sequence[Tensor], first: Tensor, second: Tensor, origin: Tensor, covariance: Covariance
 ) -> Statistics:
     count, log_likelihood, classification, rows, skipped = totals
     return Statistics(count, first, second, log_likelihood, classification, rows, skipped, origin, covariance)

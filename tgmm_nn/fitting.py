@@ -15,9 +15,9 @@ from tgmm_nn.assignment import HARD, SOFT, Assignment
 from tgmm_nn.covariance import Covariance
 from tgmm_nn.data import Rows
 from tgmm_nn.distributed import attempt, raise_on_all_ranks
-from tgmm_nn.expectation import conditioning, expectation, moment_width
+from tgmm_nn.expectation import conditioning, expectation
 from tgmm_nn.functional import mixture_mean
-from tgmm_nn.maximization import EVERYTHING, Learned, estimate_covariances, maximize
+from tgmm_nn.maximization import EVERYTHING, Learned, estimate_covariances, maximize, maximize_watched
 from tgmm_nn.priors import Priors
 from tgmm_nn.statistics import Parameters, Statistics
 from tgmm_nn.survey import Survey
@@ -37,9 +37,6 @@ __all__ = [
     "sum_over",
 ]
 
-# Numbers formed from a row beyond which whitening, by blocks of triangles, is faster than forming them.
-WIDEST = 4500
-
 
 class Options(NamedTuple):
     """What shapes a run of EM; see `tgmm_nn.GaussianMixture` for each."""
@@ -58,6 +55,13 @@ class Options(NamedTuple):
         """Return the M-step at ``statistics``."""
         ridge = (self.reg_covar, self.reg_covar_relative)
         return maximize(statistics, current, self.covariance, *ridge, self.priors, self.learned)
+
+    def maximize_watched(
+        self, statistics: Statistics, current: Parameters, dtype: torch.dtype
+    ) -> tuple[Parameters, bool]:
+        """Return the same, and whether a covariance that rows of a dtype determine is singular to its precision."""
+        ridge, eps = (self.reg_covar, self.reg_covar_relative), torch.finfo(dtype).eps
+        return maximize_watched(statistics, current, self.covariance, eps, *ridge, self.priors, self.learned)
 
     def singular(self, statistics: Statistics, dtype: torch.dtype) -> list[int]:
         """Return the elements that rows of a dtype determine as covariances which are singular to its precision."""
@@ -187,9 +191,8 @@ class Expected(NamedTuple):
 def expect(parameters: Parameters, data: Rows, found: Survey, options: Options, *, precise: bool = False) -> Expected:
     r"""Make an E-step over all rows.
 
-    It takes `moment_statistics` where that is faster (it forms at most four times as many numbers from a row as
-    whitening does, and of full covariances those of up to about 90 features), and where the range of the rows leaves
-    half of the digits of their dtype (`resolves`); elsewhere the form that `expectation` chooses by shapes.
+    It sums moments in the dtype of the rows where their range leaves half of its digits (`resolves`); elsewhere
+    `expectation` chooses a form by shapes.
 
     Args:
         parameters: Parameters of the E-step.
@@ -201,9 +204,7 @@ def expect(parameters: Parameters, data: Rows, found: Survey, options: Options, 
     Raises:
         ValueError: If a stream gives other rows than in the first pass.
     """
-    means = parameters.means
-    few = moment_width(means.shape[1], options.covariance) <= min(4 * means.numel(), WIDEST)
-    moments = few and not precise and resolves(parameters, found, options)
+    moments = not precise and resolves(parameters, found, options)
     how: dict[str, Any] = {"moments": moments, "chunk_size": options.chunk_size, "checked": data.streamed}
     sums = sum_over(data, parameters, options.covariance, assignment=HARD if options.cem else SOFT, **how)
     if data.streamed and (n_rows := int(sums.rows + sums.skipped)) != found.n_rows:
@@ -234,11 +235,8 @@ def maximize_from(
     A component may become so narrow in one step that its covariance is what moments round away. The E-step is then made
     again in a precise form.
     """
-    new = options.maximize(expected.sums, parameters)
-    lost = expected.moments and (
-        not resolves(new, found, options) or bool(options.singular(expected.sums, found.dtype))
-    )
-    if not lost:
+    new, singular = options.maximize_watched(expected.sums, parameters, found.dtype)
+    if not expected.moments or (not singular and resolves(new, found, options)):
         return expected.sums, new
     sums = expect(parameters, data, found, options, precise=True).sums
     return sums, options.maximize(sums, parameters)

@@ -13,7 +13,7 @@ from tgmm_nn.covariance import Covariance
 from tgmm_nn.priors import NO_PRIORS, Priors
 from tgmm_nn.statistics import Parameters, Statistics, per_element
 
-__all__ = ["EVERYTHING", "Learned", "estimate_covariances", "maximize", "scatter"]
+__all__ = ["EVERYTHING", "Learned", "estimate_covariances", "maximize", "maximize_watched", "scatter"]
 
 PARTS = ("weights", "means", "covariances")
 
@@ -104,6 +104,77 @@ def maximize(
     Returns:
         Parameters in the dtype of ``current``, computed in the dtype of the sums.
     """
+    found = _find(statistics, current, covariance, reg_covar, reg_covar_relative, priors, learned)
+    # Both factorisations are always made: to look whether the first succeeded would read a value on the host.
+    lifted = covariance.lift_(found.covariances, ~covariance.is_positive(found.covariances))
+    return found.parameters(current, *covariance.factor(lifted, current.means.dtype))
+
+
+def maximize_watched(
+    statistics: Statistics,
+    current: Parameters,
+    covariance: Covariance,
+    eps: float,
+    reg_covar: float = 0.0,
+    reg_covar_relative: bool = False,
+    priors: Priors = NO_PRIORS,
+    learned: Learned = EVERYTHING,
+) -> tuple[Parameters, bool]:
+    """Make the M-step of `maximize` where the host may look: covariances take a second factor only if one is singular.
+
+    Args:
+        statistics: See `maximize`.
+        current: See there.
+        covariance: See there.
+        eps: Rounding of what the sums come from.
+        reg_covar: See `maximize`.
+        reg_covar_relative: See there.
+        priors: See there.
+        learned: See there.
+
+    Returns:
+        Parameters as `maximize` returns them, and whether a covariance that may move is singular but for ``eps``.
+    """
+    found = _find(statistics, current, covariance, reg_covar, reg_covar_relative, priors, learned)
+    factor, exists = covariance.factor(found.covariances, current.means.dtype)
+    clear = exists & covariance.is_positive(found.covariances, eps, factor)
+    singular = bool((found.known & ~clear).any())
+    if singular:
+        positive = covariance.is_positive(found.covariances)
+        factor, exists = covariance.factor(covariance.lift_(found.covariances, ~positive), current.means.dtype)
+    return found.parameters(current, factor, exists), singular
+
+
+class _Found(NamedTuple):
+    """Maximisers before any covariance is lifted.
+
+    Attributes:
+        weights: Shape ``(K,)``.
+        means: Shape ``(K, d)``; the current ones where no row supports one.
+        covariances: Elements.
+        known: Which elements rows or a prior determine, and may move.
+    """
+
+    weights: Tensor
+    means: Tensor
+    covariances: Tensor
+    known: Tensor
+
+    def parameters(self, current: Parameters, factor: Tensor, exists: Tensor) -> Parameters:
+        """Return these with a factor of their covariances, and the current one where there is none."""
+        narrow, usable = current.means.dtype, per_element(self.known & exists, factor)
+        return Parameters(self.weights.to(narrow), self.means.to(narrow), torch.where(usable, factor, current.factor))
+
+
+def _find(
+    statistics: Statistics,
+    current: Parameters,
+    covariance: Covariance,
+    reg_covar: float = 0.0,
+    reg_covar_relative: bool = False,
+    priors: Priors = NO_PRIORS,
+    learned: Learned = EVERYTHING,
+) -> _Found:
     posterior = _with_priors(statistics, priors)
     means, alive = _means(posterior), _supported(posterior.count)
     if learned.means is not None:
@@ -113,14 +184,8 @@ def maximize(
     element, known = _covariances(statistics, posterior, covariance, reg_covar, reg_covar_relative, priors)
     if learned.covariances is not None:
         known = known & (covariance.pool(learned.covariances.to(statistics.count)) > 0)
-    # Both factorisations are always made: to look whether the first succeeded would read a value on the host.
-    narrow = current.means.dtype
-    factor, exists = covariance.factor(covariance.lift(element, ~covariance.is_positive(element)), narrow)
-    return Parameters(
-        _weights(priors.weights(statistics.count), current.weights, learned.weights).to(narrow),
-        torch.where(alive[:, None], means, current.means).to(narrow),
-        torch.where(per_element(known & exists, factor), factor, current.factor),
-    )
+    weights = _weights(priors.weights(statistics.count), current.weights, learned.weights)
+    return _Found(weights, torch.where(alive[:, None], means, current.means), element, known)
 
 
 def estimate_covariances(
@@ -157,9 +222,9 @@ def _covariances(
     # A mean prior alone knows no covariance: where no row does either, the old one stays.
     known = _supported(mass if priors.scale is not None else covariance.pool(statistics.count))
     within = scatter(posterior, covariance)
-    element = within / per_element(mass.clamp(min=TINY), within)
+    element = within.div_(per_element(mass.clamp(min=TINY), within))
     ridge = reg_covar * _mean_variance(statistics, covariance) if reg_covar_relative else reg_covar
-    return covariance.add_to_diagonal(element, ridge), known
+    return covariance.add_to_diagonal_(element, ridge), known
 
 
 def scatter(statistics: Statistics, covariance: Covariance) -> Tensor:
@@ -167,7 +232,8 @@ def scatter(statistics: Statistics, covariance: Covariance) -> Tensor:
 
     .. math:: T_k = S^{(2)}_k - [S^{(1)}_k S^{(1)\top}_k] / n_k
     """
-    return statistics.second - covariance.pool(covariance.outer(statistics.first, _shift(statistics)))
+    between = covariance.pool(covariance.outer(statistics.first, _shift(statistics)))
+    return torch.sub(statistics.second, between, out=between)  # large ones cost more to allocate than to subtract
 
 
 def _shift(statistics: Statistics) -> Tensor:

@@ -71,16 +71,19 @@ class Covariance(ABC):
         """Return the different eigenvalues of each element, shape ``(..., d)`` or ``(..., 1)``."""
 
     @abstractmethod
-    def add_to_diagonal(self, element: Tensor, value: float | Tensor) -> Tensor:
-        """Return elements plus ``value`` times the identity; ``value`` is a number or one per element."""
+    def add_to_diagonal_(self, element: Tensor, value: float | Tensor) -> Tensor:
+        """Add ``value`` times the identity to elements in place; ``value`` is a number or one per element."""
 
     @abstractmethod
     def matrix(self, element: Tensor, n_features: int) -> Tensor:
         """Return elements as d × d matrices, shape ``(..., d, d)``."""
 
     @abstractmethod
-    def is_positive(self, covariance: Tensor, eps: float | None = None) -> Tensor:
-        """Return which covariances are positive definite beyond rounding by ``eps``; None is that of their dtype."""
+    def is_positive(self, covariance: Tensor, eps: float | None = None, factor: Tensor | None = None) -> Tensor:
+        """Return which covariances are positive definite beyond rounding by ``eps``; None is that of their dtype.
+
+        Where their factor is given, no other is made: covariances without one have to be told apart by the caller.
+        """
 
     @abstractmethod
     def is_factor(self, factor: Tensor) -> Tensor:
@@ -216,8 +219,8 @@ class Covariance(ABC):
     def identity(self, n_components: int, n_features: int, like: Tensor | None = None) -> Tensor:
         """Return unit covariances (or their factors), in the dtype and on the device of ``like``, or the default."""
         shape = (self.leading(n_components), *self.shape(n_features))
-        return self.add_to_diagonal(torch.zeros(shape) if like is None else like.new_zeros(shape), 1.0)
+        return self.add_to_diagonal_(torch.zeros(shape) if like is None else like.new_zeros(shape), 1.0)
 
-    def lift(self, covariance: Tensor, which: Tensor | bool = True) -> Tensor:
-        """Return covariances, some of them lifted on the diagonal by a small fraction of their mean variance."""
-        return self.add_to_diagonal(covariance, LIFT * self.mean_diagonal(covariance) * which)
+    def lift_(self, covariance: Tensor, which: Tensor | bool = True) -> Tensor:
+        """Lift some covariances on the diagonal, in place, by a small fraction of their mean variance."""
+        return self.add_to_diagonal_(covariance, LIFT * self.mean_diagonal(covariance) * which)

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["blocks_of", "inverse_of_lower", "symmetric"]
+from tgmm_nn.products import product
+
+__all__ = [
+    "BLOCK",
+    "blocks_of",
+    "inverse_of_lower",
+    "second_moments",
+    "second_moments_of_each",
+    "symmetric",
+    "whitened_blocks",
+    "whitening",
+]
 
 # Rows or columns of a block: narrower ones are not products at full rate.
 BLOCK = 64
@@ -19,7 +30,40 @@ def blocks_of(n_features: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + size, n_features)) for start in range(0, n_features, size))
 
 
-def symmetric(rows: list[Tensor]) -> Tensor:
+def whitening(means: Tensor, factor: Tensor) -> list[Tensor]:
+    r"""Return maps that whiten a block of features each by upper triangular factors, for all components at once.
+
+    With a first row of ones in the columns, :math:`[-P^\top \mu_k, P^\top] [1; x] = P^\top (x - \mu_k)`.
+
+    Args:
+        means: Means, shape ``(K, d)``.
+        factor: Factors P, shape ``(K, d, d)``.
+
+    Returns:
+        For features i to j the map of the first j, shape ``(K, j - i, 1 + j)``.
+    """
+    shift = -(means.unsqueeze(-2) @ factor).mT
+    return [torch.cat([shift[:, i:j], factor[:, :j, i:j].mT], -1) for i, j in blocks_of(means.shape[-1])]
+
+
+def whitened_blocks(columns: Tensor, maps: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Give columns ``(1 + d, n)``, a row of ones first, after each of the `whitening` maps, shape ``(K, j - i, n)``."""
+    return (product(m.flatten(0, 1), columns[: m.shape[-1]]).unflatten(0, m.shape[:2]) for m in maps)
+
+
+def second_moments(columns: Tensor, r: Tensor) -> list[Tensor]:
+    """Return the sums of ``r x xᵀ`` over columns ``(d, n)``, for r of shape ``(K, n)``, as blocks for `symmetric`."""
+    blocks = ((columns[i:j] * r[:, None], columns[:j].mT) for i, j in blocks_of(len(columns)))
+    return [product(a.flatten(0, 1), b).unflatten(0, a.shape[:2]) for a, b in blocks]
+
+
+def second_moments_of_each(columns: Tensor, r: Tensor) -> list[Tensor]:
+    """Return the same where each component has columns of its own, shape ``(K, d, n)``."""
+    blocks = list(blocks_of(columns.shape[1]))
+    return [torch.stack([product(y[i:j] * w, y[:j].mT) for y, w in zip(columns, r, strict=True)]) for i, j in blocks]
+
+
+def symmetric(rows: Sequence[Tensor]) -> Tensor:
     """Return symmetric matrices of blocks of rows, each up to the diagonal."""
     if len(rows) == 1:
         return rows[0]
