@@ -548,8 +548,11 @@ def test_an_interrupted_fit_changes_nothing(clusters, monkeypatch, generator):
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.filterwarnings("ignore:EM did not converge")
 def test_with_a_relative_ridge_a_fit_in_other_units_is_the_same_but_for_units(family, scale, dtype, clusters):
     options = {"reg_covar": 1e-2, "reg_covar_relative": True, "random_state": 0, "max_iter": 500, "dtype": dtype}
+    if dtype == torch.float32:  # in which an objective that hardly changes any more says little of when to stop
+        options |= {"max_iter": 30, "tol": 0.0}
     x = clusters.to(dtype)
     one, other = (
         GaussianMixture(3, 2, family, **options).fit(x),

@@ -26,13 +26,10 @@ def chosen(monkeypatch):
 def test_products_are_those_of_float64_also_of_transposed_views(library, m, f, n, chosen, generator):
     chosen(library)
     assert products.prefers_onednn() == (library == "onednn")
-    a, b, total = (torch.randn(*s, generator=generator) for s in ((m, f), (f, n), (m, n)))
+    a, b = (torch.randn(*s, generator=generator) for s in ((m, f), (f, n)))
     oracle = a.double() @ b.double()
     for right in (b, b.mT.contiguous().mT):
         torch.testing.assert_close(products.product(a, right).double(), oracle, rtol=0, atol=1e-4)
-        again = total.clone()
-        assert products.add_product_(again, a, right) is again
-        torch.testing.assert_close(again.double(), total.double() + oracle, rtol=0, atol=1e-4)
     assert torch.equal(products.product(a.double(), b.double()), oracle)
 
 

@@ -112,13 +112,13 @@ class Full(Covariance):
     def whitened_second(self, y: Tensor, r: Tensor) -> Tensor:
         return self.pool((y * r.unsqueeze(-1)).mT @ y)
 
-    def features(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         d, n = x.shape
         if torch.is_grad_enabled() or torch.compiler.is_compiling():  # neither writes into a part of a tensor
             first, second = torch.triu_indices(d, d, device=x.device).unbind()
-            return x[first] * x[second]
+            return torch.mul(x[first], x[second], out=out)
         x = x.contiguous()
-        pairs = x.new_empty(d * (d + 1) // 2, n)
+        pairs = x.new_empty(self.n_products(d), n) if out is None else out
         for i, rows in enumerate(pairs.split(list(range(d, 0, -1)))):
             torch.mul(x[i:], x[i], out=rows)  # a list of products would be copied once more
         return pairs
@@ -161,8 +161,12 @@ class Full(Covariance):
 class Whole(Full):
     """Full matrices with all d² products of a row as features: one step for few rows, twice the numbers for many."""
 
-    def features(self, x: Tensor) -> Tensor:
-        return (x.unsqueeze(1) * x).flatten(0, 1)
+    def n_products(self, n_features: int) -> int:
+        return n_features**2
+
+    def features(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        square = out if out is None else out.unflatten(0, self.shape(len(x)))
+        return torch.mul(x.unsqueeze(1), x, out=square).flatten(0, 1)
 
     def dual(self, matrix: Tensor, n_features: int) -> Tensor:
         return matrix.flatten(-2)
@@ -185,6 +189,9 @@ class Uncorrelated(Covariance):
 
     def is_factor(self, factor: Tensor) -> Tensor:
         return (self.variances(factor) > 0).all(-1)
+
+    def _space(self, rows: Tensor, width: int) -> Tensor:
+        return rows.new_empty(len(rows), width).mT
 
     def root(self, factor: Tensor) -> Tensor:
         return factor.reciprocal()
@@ -251,8 +258,8 @@ class Diagonal(Uncorrelated):
     def whitened_second(self, y: Tensor, r: Tensor) -> Tensor:
         return self.pool(torch.einsum("kn,knd->kd", r, y.square()))
 
-    def features(self, x: Tensor) -> Tensor:
-        return x.square()
+    def features(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.mul(x, x, out=out)
 
     def dual(self, matrix: Tensor, n_features: int) -> Tensor:
         return matrix
@@ -310,8 +317,8 @@ class Spherical(Uncorrelated):
     def whitened_second(self, y: Tensor, r: Tensor) -> Tensor:
         return self.pool((r * y.square().mean(-1)).sum(-1))
 
-    def features(self, x: Tensor) -> Tensor:
-        return x.square().mean(0, keepdim=True)
+    def features(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.mean(x.square(), 0, keepdim=True, out=out)
 
     def dual(self, matrix: Tensor, n_features: int) -> Tensor:
         return n_features * matrix.unsqueeze(-1)

@@ -27,7 +27,7 @@ from tgmm_nn.functional import (
     natural_parameters,
     rows_per_chunk,
 )
-from tgmm_nn.products import add_product_, product
+from tgmm_nn.products import product
 from tgmm_nn.statistics import Parameters, Statistics, accumulator_dtype
 from tgmm_nn.triangular import BLOCK, second_moments, second_moments_of_each, symmetric, whitened_blocks, whitening
 
@@ -151,13 +151,13 @@ def whitened_statistics(
         shares = responsibilities(joint.mul_(LOG2_E), weight, prior, assignment)
         y.clamp_(-bound, bound).nan_to_num_(0.0)
         first = (shares.r.unsqueeze(1) @ y).squeeze(1)
-        return _sums(shares, first, covariance.whitened_second(y, shares.r))
+        return (*_totals(shares), shares.r.sum(-1), first, covariance.whitened_second(y, shares.r))
 
     size = chunk_size or rows_per_chunk(n_components * n_features, x.element_size())
-    *totals, first, second = _sum_of_chunks(sums, chunks(size, x, sample_weight, log_prior), wide)
+    *totals, count, first, second = _sum_of_chunks(sums, chunks(size, x, sample_weight, log_prior), wide)
     root = covariance.root(about.factor.to(wide))
     first, second = covariance.apply(root, first), covariance.congruence(root, second)
-    return _statistics(totals, first, second, origin.to(wide) + about.means.to(wide), covariance)
+    return _statistics(len(x), totals, count, first, second, origin.to(wide) + about.means.to(wide), covariance)
 
 
 def moment_statistics(
@@ -205,32 +205,31 @@ def moment_statistics(
     wide, dtype, n_features = accumulator_dtype(x.device), dtype or x.dtype, x.shape[-1]
     origin = mixture_mean(parameters).to(dtype)
     form = covariance.whole() if len(x) * n_features**2 <= SMALL else covariance
-    constant, linear, quadratic = (theta.to(dtype) for theta in natural_parameters(parameters, origin, form))
+    constant, linear, quadratic = natural_parameters(parameters, origin, form)
+    theta = torch.cat([constant[:, None], linear, *([] if covariance.tied else [quadratic])], 1).mul_(LOG2_E).to(dtype)
 
     def sums(rows: Tensor, weight: Tensor | None, prior: Tensor | None) -> Sums:
         rows, squared = mask_rows(rows.to(dtype) - origin, x.dtype)
-        usable, columns = squared < math.inf, rows.mT
-        joint = torch.addmm(constant[:, None], linear, columns, beta=LOG2_E, alpha=LOG2_E)
-        if covariance.tied:
-            shares = responsibilities(joint, weight, prior, assignment, usable)
-            second = covariance.whitened_second(columns.mT[None], shares.weight[None])
-        else:
-            features = form.features(columns)
-            add_product_(joint, quadratic, features, alpha=LOG2_E)
-            shares = responsibilities(joint, weight, prior, assignment, usable)
-            second = product(shares.r, features.mT)
-        return _sums(shares, shares.r @ columns.mT, second)
+        monomials = form.monomials(rows)
+        shares = responsibilities(product(theta, monomials), weight, prior, assignment, squared < math.inf)
+        moments = product(shares.r, monomials.mT)
+        within = [covariance.whitened_second(rows[None], shares.weight[None])] if covariance.tied else []
+        return (*_totals(shares), moments, *within)
 
-    size = chunk_size or rows_per_chunk(max(len(linear), moment_width(n_features, covariance)), dtype.itemsize)
-    *totals, first, second = _sum_of_chunks(sums, chunks(size, x, sample_weight, log_prior), wide)
+    size = chunk_size or rows_per_chunk(max(theta.shape), dtype.itemsize)
+    log_likelihood, classification, rows, moments, *within = _sum_of_chunks(
+        sums, chunks(size, x, sample_weight, log_prior), wide
+    )
+    count, first, second = moments[:, 0], moments[:, 1 : 1 + n_features], moments[:, 1 + n_features :]
     if covariance.tied:
+        (second,) = within
         precision = covariance.square(parameters.factor.to(wide))
         trace = -0.5 * covariance.inner(precision, second, n_features).squeeze(0)
-        count, log_likelihood, classification, *rows = totals
-        totals = [count, log_likelihood + trace, classification + trace, *rows]
+        log_likelihood, classification = log_likelihood + trace, classification + trace
     else:
         second = form.unpack(second, n_features)
-    return _statistics(totals, first, second, origin, covariance)
+    totals = (log_likelihood, classification, rows)
+    return _statistics(len(x), totals, count, first, second, origin, covariance)
 
 
 def blockwise_statistics(
@@ -283,17 +282,17 @@ def blockwise_statistics(
             lengths.add_(block.square_().sum(1))
         joint = joint_of_distances(lengths, about, covariance).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
         shares = responsibilities(joint.mul_(LOG2_E), weight, prior, assignment, squared < math.inf)
-        if moments:
-            return _sums(shares, shares.r @ rows, *second_moments(columns[1:], shares.r))
-        return _sums(shares, (y @ shares.r[..., None]).squeeze(-1), *second_moments_of_each(y, shares.r))
+        first = shares.r @ rows if moments else (y @ shares.r[..., None]).squeeze(-1)
+        second = second_moments(columns[1:], shares.r) if moments else second_moments_of_each(y, shares.r)
+        return (*_totals(shares), shares.r.sum(-1), first, *second)
 
     total = _sum_of_chunks(sums, chunks(size, x, sample_weight, log_prior), wide)
-    totals, first, second = total[:5], total[5], symmetric(total[6:])
-    if moments:
-        return _statistics(totals, first, second, origin, covariance)
-    root = covariance.root(about.factor.to(wide))
-    first, second = covariance.apply(root, first), covariance.congruence(root, second)
-    return _statistics(totals, first, second, origin.to(wide) + about.means.to(wide), covariance)
+    totals, count, first, second = total[:3], total[3], total[4], symmetric(total[5:])
+    if not moments:
+        root = covariance.root(about.factor.to(wide))
+        first, second = covariance.apply(root, first), covariance.congruence(root, second)
+        origin = origin.to(wide) + about.means.to(wide)
+    return _statistics(len(x), totals, count, first, second, origin, covariance)
 
 
 def moment_width(n_features: int, covariance: Covariance) -> int:
@@ -335,15 +334,20 @@ def _sum_of_chunks(
     return total
 
 
-def _sums(shares: Shares, first: Tensor, *second: Tensor) -> Sums:
-    """Return what a chunk adds up to: count, likelihoods and numbers of rows, and the moments."""
-    rows = shares.usable.sum()
-    totals = (shares.log_likelihood, shares.classification, rows, shares.usable.numel() - rows)
-    return (shares.r.sum(-1), *totals, first, *second)
+def _totals(shares: Shares) -> Sums:
+    """Return likelihood, that of the classification, and number of rows."""
+    return (shares.log_likelihood, shares.classification, shares.usable.sum())
 
 
 def _statistics(
-    totals: Sequence[Tensor], first: Tensor, second: Tensor, origin: Tensor, covariance: Covariance
+    n_rows: int,
+    totals: Sequence[Tensor],
+    count: Tensor,
+    first: Tensor,
+    second: Tensor,
+    origin: Tensor,
+    covariance: Covariance,
 ) -> Statistics:
-    count, log_likelihood, classification, rows, skipped = totals
+    log_likelihood, classification, rows = totals
+    skipped = n_rows - rows
     return Statistics(count, first, second, log_likelihood, classification, rows, skipped, origin, covariance)

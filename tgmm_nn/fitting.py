@@ -180,19 +180,19 @@ class Expected(NamedTuple):
     Attributes:
         sums: What the M-step needs.
         objective: What EM climbs, in nats per unit of row weight.
-        moments: Whether the sums are moments in the dtype of the rows.
+        rounding: That of moments in the dtype of the rows, `conditioning` times its epsilon; 0 for sums of other forms.
     """
 
     sums: Statistics
     objective: float
-    moments: bool
+    rounding: float
 
 
 def expect(parameters: Parameters, data: Rows, found: Survey, options: Options, *, precise: bool = False) -> Expected:
     r"""Make an E-step over all rows.
 
-    It sums moments in the dtype of the rows where their range leaves half of its digits (`resolves`); elsewhere
-    `expectation` chooses a form by shapes.
+    It sums moments in the dtype of the rows where their rounding leaves half of its digits; elsewhere `expectation`
+    chooses a form by shapes.
 
     Args:
         parameters: Parameters of the E-step.
@@ -204,7 +204,8 @@ def expect(parameters: Parameters, data: Rows, found: Survey, options: Options, 
     Raises:
         ValueError: If a stream gives other rows than in the first pass.
     """
-    moments = not precise and resolves(parameters, found, options)
+    rounding = math.inf if precise else rounding_of_moments(parameters, found, options)
+    moments = leaves_half(rounding, found.dtype)
     how: dict[str, Any] = {"moments": moments, "chunk_size": options.chunk_size, "checked": data.streamed}
     sums = sum_over(data, parameters, options.covariance, assignment=HARD if options.cem else SOFT, **how)
     if data.streamed and (n_rows := int(sums.rows + sums.skipped)) != found.n_rows:
@@ -214,17 +215,18 @@ def expect(parameters: Parameters, data: Rows, found: Survey, options: Options, 
         )
     climbed = sums.classification if options.cem else sums.log_likelihood
     log_prior = options.priors.log_density(*parameters, options.covariance)
-    return Expected(sums, float((climbed + log_prior) / sums.weight()), moments)
+    return Expected(sums, float((climbed + log_prior) / sums.weight()), rounding if moments else 0.0)
 
 
-def resolves(parameters: Parameters, found: Survey, options: Options) -> bool:
-    r"""Return whether moments of the rows keep half of the digits of their dtype.
-
-    That is :math:`b\,\varepsilon \le \sqrt\varepsilon`, where b is `conditioning`: the squared range of the rows in
-    standard deviations of the narrowest component.
-    """
+def rounding_of_moments(parameters: Parameters, found: Survey, options: Options) -> float:
+    """Return how far moments in the dtype of the rows are off: `conditioning` times its epsilon."""
     scale = found.scale(mixture_mean(parameters))  # moments are taken about the mixture's mean
-    return bool(conditioning(scale, parameters, options.covariance) <= torch.finfo(found.dtype).eps ** -0.5)
+    return float(conditioning(scale, parameters, options.covariance)) * torch.finfo(found.dtype).eps
+
+
+def leaves_half(rounding: float, dtype: torch.dtype) -> bool:
+    """Return whether a rounding leaves half of the digits of a dtype."""
+    return rounding <= torch.finfo(dtype).eps ** 0.5
 
 
 def maximize_from(
@@ -236,7 +238,8 @@ def maximize_from(
     again in a precise form.
     """
     new, singular = options.maximize_watched(expected.sums, parameters, found.dtype)
-    if not expected.moments or (not singular and resolves(new, found, options)):
+    resolved = not expected.rounding or leaves_half(rounding_of_moments(new, found, options), found.dtype)
+    if resolved and not (expected.rounding and singular):
         return expected.sums, new
     sums = expect(parameters, data, found, options, precise=True).sums
     return sums, options.maximize(sums, parameters)
@@ -267,6 +270,11 @@ class Run(NamedTuple):
     def has_converged(self, options: Options) -> bool:
         """Return whether the last M-step changed the objective by less than ``tol``."""
         return len(self.history) > 1 and abs(self.history[-1] - self.history[-2]) < options.tol
+
+    def precise(self, data: Rows, found: Survey, options: Options) -> Run:
+        """Return the run with its E-step in a precise form."""
+        expected = expect(self.parameters, data, found, options, precise=True)
+        return self._replace(expected=expected, history=[*self.history[:-1], expected.objective])
 
     def is_over(self, options: Options) -> bool:
         """Return whether it has converged, or made as many M-steps as it may."""

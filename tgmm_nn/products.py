@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["add_product_", "prefers_onednn", "product"]
+__all__ = ["prefers_onednn", "product"]
 
 CHOICES = ("auto", "mkl", "onednn")
 
@@ -17,11 +17,6 @@ CHOICES = ("auto", "mkl", "onednn")
 def product(a: Tensor, b: Tensor) -> Tensor:
     """Return ``a @ b`` of two matrices."""
     return torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "") if _by_onednn(a, b) else a @ b
-
-
-def add_product_(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
-    """Add ``alpha`` times ``a @ b`` to ``total`` in place, and return it."""
-    return total.add_(product(a, b), alpha=alpha) if _by_onednn(a, b) else total.addmm_(a, b, alpha=alpha)
 
 
 @cache

@@ -47,15 +47,26 @@ def race(
     """
     same = options.tol / 100
     runs = [begin(start, data, found, options, number) for number, start in starts.items()]
-    runs = best_of(runs, len(runs), same)  # k-means often finds the same partition again
+    # k-means often finds the same partition again.
+    runs = best_of(_told_apart(runs, data, found, options), len(runs), same)
     report(runs)
     while len(runs) > left:
         for _ in range(ROUND):
             runs = [run if run.is_over(options) else advance(run, data, found, options) for run in runs]
         over = all(run.is_over(options) for run in runs)
+        runs = _told_apart(runs, data, found, options)
         runs = best_of(runs, left if over else max(left, (len(runs) + 1) // 2), same)
         report(runs)
     return runs
+
+
+def _told_apart(runs: Sequence[Run], data: Rows, found: Survey, options: Options) -> list[Run]:
+    """Return runs with precise objectives where these differ from another run's by no more than their rounding."""
+
+    def is_close(run: Run) -> bool:
+        return any(0 < abs(run.objective - other.objective) <= run.expected.rounding for other in runs)
+
+    return [run.precise(data, found, options) if is_close(run) else run for run in runs]
 
 
 def best_of(runs: Sequence[Run], size: int, same: float) -> list[Run]:

@@ -134,8 +134,11 @@ class Covariance(ABC):
         """Return the elements of ``Σ_n r_nk y_nk y_nkᵀ`` for whitened rows ``(K, n, d)`` and ``r``, ``(K, n)``."""
 
     @abstractmethod
-    def features(self, x: Tensor) -> Tensor:
-        """Return the independent entries of ``[x xᵀ]`` for each column x of a ``(d, n)`` matrix, shape ``(F, n)``."""
+    def features(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return the independent entries of ``[x xᵀ]`` for each column x of a ``(d, n)`` matrix, shape ``(F, n)``.
+
+        They are written into ``out``, where it is given.
+        """
 
     @abstractmethod
     def dual(self, matrix: Tensor, n_features: int) -> Tensor:
@@ -164,6 +167,30 @@ class Covariance(ABC):
     def whole(self) -> Covariance:
         """Return the structure with the quickest `features` of few rows, which may repeat entries."""
         return self
+
+    def n_products(self, n_features: int) -> int:
+        """Return the number F of `features`."""
+        return self.n_parameters(n_features)
+
+    def monomials(self, rows: Tensor) -> Tensor:
+        """Return ``[1; x; features of x]`` for each of the rows ``(n, d)``, shape ``(1 + d + F, n)``.
+
+        Without features where tied: what components have in common tells none apart.
+        """
+        n, d = rows.shape
+        if torch.compiler.is_compiling():  # which does not write into a part of a tensor
+            parts = [rows.new_ones(1, n), rows.mT, *([] if self.tied else [self.features(rows.mT)])]
+            return torch.cat(parts)
+        space = self._space(rows, 1 + d + (0 if self.tied else self.n_products(d)))
+        space[:1].fill_(1.0)
+        columns = space[1 : 1 + d].copy_(rows.mT)
+        if not self.tied:
+            self.features(columns, out=space[1 + d :])
+        return space
+
+    def _space(self, rows: Tensor, width: int) -> Tensor:
+        """Return an empty ``(width, n)`` matrix for `monomials`, of the strides in which they are written fastest."""
+        return rows.new_empty(width, len(rows))
 
     def is_narrow(self, n_features: int) -> bool:
         """Return whether what tells components apart in a row is a product with about as many numbers as it has.
