@@ -1,11 +1,13 @@
 """The house: imports run downwards, heavy libraries are imported where they are used, one class per idea."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tgmm_nn"
@@ -105,6 +107,15 @@ def test_importing_the_package_imports_nothing_heavy():
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert run.stdout.split() == []
+
+
+def test_the_workflow_tries_every_python_and_the_oldest_torch_that_the_project_admits():
+    project, workflow = (ROOT / "pyproject.toml").read_text(), (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    first, end = re.search(r'requires-python = ">=3\.(\d+),<3\.(\d+)"', project).groups()
+    tried = yaml.safe_load(workflow)["jobs"]["test"]["strategy"]["matrix"]
+    assert tried["python"] == [f"3.{minor}" for minor in range(int(first), int(end))]
+    oldest = re.search(r'"torch>=([\d.]+)"', project)[1]
+    assert tried["torch"] == [f"torch=={oldest}.0", "torch"]
 
 
 def test_the_top_level_holds_these_entries_and_no_other():

@@ -137,12 +137,14 @@ def test_whitened_rows_have_the_mahalanobis_distance_as_squared_length(covarianc
     assert_near(y.square().sum(-1), distance)
 
 
-def test_congruence_gives_whitened_sums_the_units_of_the_data(family, covariance, factor, x, generator):
+def test_unwhitened_sums_are_those_of_the_rows(family, covariance, factor, x, generator):
     means, r = x[:K] + 1.0, torch.rand(K, 7, generator=generator, dtype=torch.float64)
     y = covariance.whiten(x, means, factor)
-    got = covariance.congruence(covariance.root(factor), covariance.whitened_second(y, r))
+    whitened = torch.einsum("kn,knd->kd", r, y), covariance.whitened_second(y, r)
+    first, second = covariance.unwhiten(factor, *whitened)
     centred = x[:, None] - means
-    assert_near(got, restrict(torch.einsum("kn,nki,nkj->kij", r, centred, centred), family))
+    assert_near(first, torch.einsum("kn,nkd->kd", r, centred))
+    assert_near(second, restrict(torch.einsum("kn,nki,nkj->kij", r, centred, centred), family))
 
 
 @pytest.fixture(params=["independent", "whole"])
@@ -259,7 +261,7 @@ def test_products_over_blocks_of_a_triangle_are_the_products_of_whole_matrices(n
     assert_near(y, torch.linalg.solve_triangular(lower, away.mT, upper=False).mT, 1e-11)
     second = covariance.whitened_second(y, r)
     assert_near(second, covariance.pool((y * r[..., None]).mT @ y), 1e-12)
-    back = covariance.congruence(covariance.root(factor), second)
+    _, back = covariance.unwhiten(factor, torch.einsum("kn,knd->kd", r, y), second)
     assert_near(back, covariance.pool((away * r[..., None]).mT @ away), 1e-10)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
 from tgmm_nn.structure import Covariance
-from tgmm_nn.triangular import blocks_of, inverse_of_lower, symmetric
+from tgmm_nn.triangular import blocks_of, inverse_of_lower
 
 __all__ = ["COVARIANCES", "Covariance", "Diagonal", "Full", "Spherical"]
 
@@ -80,12 +80,10 @@ class Full(Covariance):
     def apply(self, element: Tensor, rows: Tensor) -> Tensor:
         return (element @ rows.unsqueeze(-1)).squeeze(-1)
 
-    def congruence(self, root: Tensor, second: Tensor) -> Tensor:
-        blocks = list(blocks_of(root.shape[-1]))
-        if len(blocks) == 1:
-            return root @ second @ root.mT
-        half = torch.cat([root[..., i:j, :j] @ second[..., :j, :] for i, j in blocks], -2)
-        return symmetric([half[..., i:j, :j] @ root[..., :j, :j].mT for i, j in blocks])
+    def unwhiten(self, factor: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        half = torch.linalg.solve_triangular(factor.mT, second, upper=False)
+        first = torch.linalg.solve_triangular(factor.mT, first.unsqueeze(-1), upper=False).squeeze(-1)
+        return first, torch.linalg.solve_triangular(factor.mT, half.mT, upper=False)
 
     def log_det(self, factor: Tensor, n_features: int) -> Tensor:
         return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
@@ -199,8 +197,8 @@ class Uncorrelated(Covariance):
     def square(self, factor: Tensor) -> Tensor:
         return factor.square()
 
-    def congruence(self, root: Tensor, second: Tensor) -> Tensor:
-        return root.square() * second
+    def unwhiten(self, factor: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        return self.apply(factor.reciprocal(), first), second / factor.square()
 
     def condition(self, covariance: Tensor, given: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
         return covariance.new_zeros(len(covariance), len(rest), len(given)), self.block(covariance, rest)

@@ -155,8 +155,7 @@ def whitened_statistics(
 
     size = chunk_size or rows_per_chunk(n_components * n_features, x.element_size())
     *totals, count, first, second = _sum_of_chunks(sums, chunks(size, x, sample_weight, log_prior), wide)
-    root = covariance.root(about.factor.to(wide))
-    first, second = covariance.apply(root, first), covariance.congruence(root, second)
+    first, second = covariance.unwhiten(about.factor.to(wide), first, second)
     return _statistics(len(x), totals, count, first, second, origin.to(wide) + about.means.to(wide), covariance)
 
 
@@ -289,8 +288,7 @@ def blockwise_statistics(
     total = _sum_of_chunks(sums, chunks(size, x, sample_weight, log_prior), wide)
     totals, count, first, second = total[:3], total[3], total[4], symmetric(total[5:])
     if not moments:
-        root = covariance.root(about.factor.to(wide))
-        first, second = covariance.apply(root, first), covariance.congruence(root, second)
+        first, second = covariance.unwhiten(about.factor.to(wide), first, second)
         origin = origin.to(wide) + about.means.to(wide)
     return _statistics(len(x), totals, count, first, second, origin, covariance)
 

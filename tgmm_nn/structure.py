@@ -38,7 +38,8 @@ class Covariance(ABC):
     - for a column x, ``dual(A, d) @ features(x)`` is :math:`x^\top A x`, and features unpack into ``outer``; ``pack``
       undoes ``unpack``;
     - ``whiten`` gives rows whose squared length is the Mahalanobis distance, and ``log_det`` the matching normaliser;
-    - ``congruence(root(P), whitened_second(whiten(x), r)) == Σ r outer(x - μ, x - μ)``;
+    - ``unwhiten`` makes of ``Σ r whiten(x)`` and ``whitened_second(whiten(x), r)`` the sums ``Σ r (x - μ)`` and
+      ``Σ r outer(x - μ, x - μ)``;
     - ``inner(A, B, d)`` is :math:`\mathrm{tr}(A B)`, ``block(c, dims)`` the covariance of the features ``dims``, and
       ``condition`` that of the others given them;
     - ``constrained`` makes a factor of any real numbers, and ``constrained(unconstrained(P)) == P`` for every factor;
@@ -106,8 +107,8 @@ class Covariance(ABC):
         """Return each element times its row, for one row per component, shape ``(K, d)``."""
 
     @abstractmethod
-    def congruence(self, root: Tensor, second: Tensor) -> Tensor:
-        """Return ``L S Lᵀ``: sums from `whitened_second` in the units of the data."""
+    def unwhiten(self, factor: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Return sums s ``(K, d)`` and S of whitened rows in the units of the rows: ``P⁻ᵀ s`` and ``P⁻ᵀ S P⁻¹``."""
 
     @abstractmethod
     def log_det(self, factor: Tensor, n_features: int) -> Tensor:
