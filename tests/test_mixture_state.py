@@ -217,11 +217,15 @@ def test_the_compiled_density_is_the_eager_one(covariance_type, generator, x):
 
 
 @pytest.mark.parametrize("step_size", [None, 0.5, torch.tensor(0.3)], ids=["exact", "number", "tensor"])
-@pytest.mark.parametrize("covariance_type", ["full", "tied_diag", "spherical"])
-def test_three_compiled_updates_are_three_eager_ones(covariance_type, step_size, generator, x):
+@pytest.mark.parametrize("covariance_type", ["full", "full by blocks", "tied_diag", "spherical"])
+def test_three_compiled_updates_are_three_eager_ones(covariance_type, step_size, generator, x, monkeypatch):
     """One would not show a write that compiled code drops."""
     torch._dynamo.reset()
-    gmm = random_layer(covariance_type, generator, dtype=torch.float32)
+    family, _, blocks = covariance_type.partition(" ")
+    if blocks:
+        monkeypatch.setattr("tgmm_nn.expectation.WIDE", 1)
+        monkeypatch.setattr("tgmm_nn.triangular.BLOCK", 1)
+    gmm = random_layer(family, generator, dtype=torch.float32)
     twin = copy.deepcopy(gmm)
     step = torch.compile(gmm.em_step, fullgraph=True, backend="aot_eager")
     for batch in (x[:20], x[20:], x[10:30]):

@@ -275,10 +275,10 @@ def blockwise_statistics(
         lengths, place = rows.new_zeros(n_components, len(rows)), 0
         y = rows if moments else space[: n_components * rows.numel()].view(n_components, n_features, len(rows))
         for block in whitened_blocks(columns, maps):
+            lengths.add_(block.square().sum(1))
             if not moments:  # where it overflows the share is 0, and 0 · inf would be nan
-                torch.nan_to_num(block, out=y[:, place : place + block.shape[1]])
+                y[:, place : place + block.shape[1]] = block.nan_to_num_()
             place += block.shape[1]
-            lengths.add_(block.square_().sum(1))
         joint = joint_of_distances(lengths, about, covariance).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
         shares = responsibilities(joint.mul_(LOG2_E), weight, prior, assignment, squared < math.inf)
         first = shares.r @ rows if moments else (y @ shares.r[..., None]).squeeze(-1)
