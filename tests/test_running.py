@@ -296,3 +296,15 @@ def test_marks_are_counted_where_numbers_are_averaged():
 def test_the_key_of_a_sweeps_means_is_checked():
     with pytest.raises(TypeError, match="Expected `over` to be a non-empty string"):
         SweepTable(over=3)
+
+
+def test_tables_of_runs_that_differ_in_their_columns_are_joined_and_what_a_run_lacks_is_empty():
+    runs = [
+        ({"seed": "0", "model": "a"}, [{"method": "mixture", "accuracy": "0.5", "nmi": "0.25"}]),
+        ({"seed": "1", "model": "a"}, [{"method": "mixture", "accuracy": "0.7", "nmi": "0.75", "ari": "1.0"}]),
+        ({"seed": "0", "model": "b"}, [{"method": "mixture", "accuracy": "0.9", "log p(x)": "-3.0"}]),
+    ]
+    rows = combine(runs)
+    assert (rows[0]["nmi"], rows[0]["ari"], "nmi" in rows[1]) == (0.5, 1.0, False)
+    shown = format_table([{"method": "a", "nmi": 0.5}, {"method": "b", "log p(x)": -3.0}]).splitlines()
+    assert shown == ["method    nmi  log p(x)", "a       0.500", "b                -3.000"]

@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 from hydra.core.global_hydra import GlobalHydra
-from matplotlib.figure import Figure
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -53,21 +53,21 @@ pytestmark = [
 ]
 
 
-SAVEFIG = Figure.savefig
+PRINT_PNG = FigureCanvasAgg.print_png
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _cheap_pictures():
     """Figures are made, but not drawn: half of a short run is drawing."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", lambda figure, file, **options: Image.new("L", (1, 1)).save(file))
+        patch.setattr(FigureCanvasAgg, "print_png", lambda canvas, file, **options: Image.new("L", (1, 1)).save(file))
         yield
 
 
 @pytest.fixture
 def drawn_pictures(monkeypatch):
     """Of a test that looks at the pictures."""
-    monkeypatch.setattr(Figure, "savefig", SAVEFIG)
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", PRINT_PNG)
 
 
 @contextmanager
@@ -109,6 +109,14 @@ def train(tmp_path):
 def finished(tmp_path_factory):
     """A run that tests share."""
     return run_train(tmp_path_factory.mktemp("finished") / "run", *DEBUG)
+
+
+def test_pictures_of_these_tests_are_not_drawn(finished):
+    pictures = sorted(finished.glob("*.png"))
+    assert len(pictures) > 5
+    for picture in pictures:
+        with Image.open(picture) as image:
+            assert image.size == (1, 1), picture
 
 
 def table(folder):

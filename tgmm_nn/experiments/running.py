@@ -15,7 +15,7 @@ import torch
 from tgmm_nn.experiments.drawing import plot_metrics
 from tgmm_nn.experiments.interrupt import InterruptCheckpoint
 from tgmm_nn.experiments.options import read_checkpoint
-from tgmm_nn.experiments.reports import Row, format_table
+from tgmm_nn.experiments.reports import Row, column_names, format_table
 
 __all__ = ["check_launcher", "contents", "discard", "fit", "open_folder", "resume_command", "write_results"]
 
@@ -142,7 +142,7 @@ def resume_command(argv: Sequence[str], checkpoint: Path) -> str:
 def write_results(rows: list[Row], folder: Path) -> None:
     """Write the table of the end of a run, and the curves."""
     with (folder / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=column_names(rows))
         writer.writeheader()
         writer.writerows(rows)
     if (folder / "metrics.csv").exists():

@@ -12,7 +12,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from tgmm_nn.checks import check_string
-from tgmm_nn.experiments.reports import Row, format_table
+from tgmm_nn.experiments.reports import Row, column_names, format_table
 from tgmm_nn.experiments.running import discard
 
 __all__ = ["SweepTable", "combine", "read_sweep"]
@@ -58,9 +58,8 @@ class SweepTable(Callback):
                 discard(path)
             return
         table = combine(runs, over)
-        names = list(dict.fromkeys(name for row in table for name in row))
         with (folder / "sweep.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, names)
+            writer = csv.DictWriter(file, column_names(table))
             writer.writeheader()
             writer.writerows(table)
         missing = sum(not rows for _, rows in runs)
@@ -118,8 +117,8 @@ def combine(runs: Sequence[tuple[dict[str, str], list[dict[str, str]]]], over: s
 def _moments(rows: Sequence[dict[str, str]], marks: Collection[str]) -> Row:
     """Return mean and deviation of each column of numbers, and how many cells of a column of marks are filled."""
     moments: Row = {}
-    for name in [name for name in rows[0] if name != "method"]:
-        cells = [row[name] for row in rows if row.get(name)]
+    for name in [name for name in column_names(rows) if name != "method"]:
+        cells = [cell for row in rows if (cell := row.get(name))]
         if name in marks:
             moments[name] = len(cells)
             continue
