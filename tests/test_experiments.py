@@ -1,6 +1,7 @@
 """The parts of the experiments, each against its formula."""
 
 import math
+from pathlib import Path
 
 import lightning
 import pytest

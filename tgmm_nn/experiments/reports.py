@@ -22,7 +22,15 @@ from tgmm_nn.experiments.drawing import (
 from tgmm_nn.metrics import MatchedAccuracy
 from tgmm_nn.mixture import GaussianMixture
 
-__all__ = ["Row", "clustering_report", "clustering_scores", "column_names", "format_table", "if_started"]
+__all__ = [
+    "Row",
+    "clustering_report",
+    "clustering_scores",
+    "column_names",
+    "format_table",
+    "if_started",
+    "matching_hint",
+]
 
 Row = dict[str, str | float]
 
@@ -93,7 +101,7 @@ def clustering_report(
     """
     k, rows = gmm.n_components, "rows" if image_shape is None else "pixels"
     methods = {
-        f"mixture carried through training ({gmm.covariance_type})": gmm.predict(z),
+        f"{'mixture' if x is z else 'mixture carried through training'} ({gmm.covariance_type})": gmm.predict(z),
         "k-means on the embeddings": _kmeans(z, k, seed),
     }
     if x is not z:
@@ -155,6 +163,28 @@ def format_table(rows: Sequence[Row]) -> str:
             c.rjust(w) if right else c.ljust(w) for c, w, right in zip(line, widths, numeric, strict=True)
         ).rstrip()
         for line in cells
+    )
+
+
+def matching_hint(n_components: int, labels: Tensor | None) -> str:
+    """Return what the accuracy says where a mixture has another number of components than there are classes.
+
+    Args:
+        n_components: Number of components.
+        labels: Class of each row, negative where it has none, shape ``(N,)``; None where no row has.
+
+    Example:
+        >>> matching_hint(3, torch.tensor([0, 1, 1]))
+        'The accuracy matches components with classes one to one, 3 with 2: for as many, set gmm.n_components=2.'
+        >>> matching_hint(2, torch.tensor([0, 1, 1]))
+        ''
+    """
+    n_classes = 0 if labels is None else len(labels[labels >= 0].unique())
+    if n_classes in (0, n_components):
+        return ""
+    return (
+        f"The accuracy matches components with classes one to one, {n_components} with {n_classes}: for as many, set "
+        f"gmm.n_components={n_classes}."
     )
 
 
