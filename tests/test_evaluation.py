@@ -375,7 +375,7 @@ def test_a_checkpoint_of_another_model_is_one_message(train, trained, files):
     known = [*evaluate, "experiment=embeddings", "gmm.n_components=4"]
     refuse(r"`model` with train=false to be one that is trained, but got C", *evaluate, "experiment=choose_components")
     if not torch.cuda.is_available():
-        refuse(r"No supported gpu backend found! \(in `trainer`\)", *known, "trainer=gpu")
+        refuse(r"No supported gpu backend found! \(in `trainer`\); take trainer=cpu", *known, "trainer=gpu")
     scored = train(*known, folder="known")
     assert (scored / "log_density.csv").read_text() == (same / "log_density.csv").read_text()
 

@@ -277,14 +277,20 @@ def test_every_experiment_runs_with_debug_fast_and_names_every_file_that_it_leav
 
 def test_a_resume_refuses_what_the_checkpoint_decides_and_takes_the_rest(train, finished, tmp_path):
     ckpt = f"ckpt_path={finished / 'checkpoints' / 'last.ckpt'}"
-    for option, was, by in (
-        ("model.learning_rate=0.5", "0.001, but got 0.5", "the optimizer of"),
-        ("model.weight_decay=0", "1e-05, but got 0", "the optimizer of"),
-        ("gmm.n_init=7", "1, but got 7", "the mixture, as it was started, of"),
-        ("experiment=digits_vade", "'.*ContrastiveClustering', but got '.*VariationalClustering'", "the model of"),
+    for option, name, was, by, how in (
+        ("model.learning_rate=0.5", "", "0.001, but got 0.5", "optimizer", "set model.learning_rate=0.001, or start"),
+        ("model.weight_decay=0", "", "1e-05, but got 0", "optimizer", "set model.weight_decay=1e-05, or start anew"),
+        ("gmm.n_init=7", "", "1, but got 7", "mixture, as it was started,", "set gmm.n_init=1, or start anew without"),
+        (
+            "experiment=digits_vade",
+            "model._target_",
+            "'.*', but got '.*'",
+            "model",
+            "give the experiment that it is of",
+        ),
     ):
-        name = "model._target_" if "vade" in option else option.split("=")[0]
-        match = f"Expected `{name}` as the checkpoint was trained with, {was}; a resume goes on with {by} .*last.ckpt: "
+        asked = f"Expected `{name or option.split('=')[0]}` as the checkpoint was trained with, {was}"
+        match = f"{asked}; a resume goes on with the {by} of .*last.ckpt: {how}"
         with pytest.raises(SystemExit, match=match):
             train(*DEBUG, ckpt, option, folder="refused")
         assert not (tmp_path / "refused").exists()
@@ -296,7 +302,7 @@ def test_a_resume_refuses_what_the_checkpoint_decides_and_takes_the_rest(train, 
         ckpt,
         "trainer.max_epochs=3",
         "em.step_size=0.1",
-        "callbacks.weight_history=null",
+        "callbacks.interrupt=null",
         "gmm.reg_covar=0.2",
         folder="on",
     )

@@ -73,8 +73,15 @@ def check_resume(cfg: DictConfig, data: RowsDataModule) -> None:
         if was != wanted:
             raise ValueError(
                 f"Expected `{name}` as the checkpoint was trained with, {was!r}, but got {wanted!r}; a resume goes on "
-                f"with {part} of {path}: leave {name} as it was, or start anew without ckpt_path."
+                f"with {part} of {path}: {_how_to_repeat(name, was)}, or start anew without ckpt_path."
             )
+
+
+def _how_to_repeat(name: str, value: Any) -> str:
+    """Return what makes an option what it was."""
+    if name == "model._target_":
+        return "give the experiment that it is of"
+    return f"set {name}={'null' if value is None else value}"
 
 
 def _is_started(checkpoint: dict[str, Any]) -> bool:
