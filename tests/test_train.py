@@ -294,6 +294,10 @@ def test_a_resume_refuses_what_the_checkpoint_decides_and_takes_the_rest(train, 
         with pytest.raises(SystemExit, match=match):
             train(*DEBUG, ckpt, option, folder="refused")
         assert not (tmp_path / "refused").exists()
+    with pytest.raises(
+        SystemExit, match=r"^Expected the model and data that `ckpt_path` .* size mismatch for .*; give"
+    ):
+        train(*DEBUG, ckpt, "model.encoder.sizes=[64,32,10]", folder="refused")
     np.savez(tmp_path / "wide.npz", x=np.eye(70))
     with pytest.raises(SystemExit, match=r"`x` of .*wide.npz with 64 features, .* but got 70; name rows .* data.path"):
         train(*DEBUG, ckpt, "data=npz", f"data.path={tmp_path / 'wide.npz'}")

@@ -33,8 +33,14 @@ def explain(error: BaseException) -> str | None:
         True
     """
     message = str(error)
+    if message.startswith("Error(s) in loading state_dict"):
+        said = " ".join(message.split())
+        return (
+            f"Expected the model and data that `ckpt_path` was trained with, but got others: {said:.300}; give "
+            "experiment, model and data.path as its config.yaml has them."
+        )
     ours = message.startswith("Expected ") and _raised_in(error).split(".")[0] == "tgmm_nn"
-    return message if ours or message.startswith("Error(s) in loading state_dict") else None
+    return message if ours else None
 
 
 @explain.register
