@@ -98,6 +98,9 @@ def main(cfg: DictConfig) -> None:
         check_values(cfg)
         check_overrides(cfg, HydraConfig.get().overrides.task)
         train(cfg)
+    except (KeyboardInterrupt, SystemExit):
+        discard(Path(HydraConfig.get().runtime.output_dir))
+        raise
     except Exception as error:
         sentence = explain(error)
         if sentence is None or HydraConfig.get().mode == RunMode.MULTIRUN:

@@ -333,6 +333,21 @@ def test_ctrl_c_in_the_report_says_that_training_is_finished_and_how_to_make_the
     assert "Nothing was trained" in capsys.readouterr().out
 
 
+def test_ctrl_c_before_anything_was_saved_is_a_word_and_leaves_nothing(train, monkeypatch, tmp_path, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr("tgmm_nn.experiments.digits.load_digits", interrupted)
+        with pytest.raises(SystemExit, match="Interrupted"):
+            train(*DEBUG)
+        with pytest.raises(SystemExit, match="Interrupted"):
+            train(*DEBUG, "-m", "seed=0,1", folder="sweep")
+    assert "The sweep was interrupted; 2 of 2 runs are left:\n  seed=0\n  seed=1\n" in capsys.readouterr().out
+    monkeypatch.setattr("tgmm_nn.experiments.choice.ComponentChoice.trials", interrupted)
+    with pytest.raises(SystemExit):
+        train(*CHOICE)
+    assert "Interrupted before there was a table." in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_sweep_that_is_interrupted_has_a_table_and_says_what_is_left(train, capsys, monkeypatch, tmp_path):
     from tgmm_nn.experiments.identity import EmbeddingClustering
 
