@@ -25,10 +25,13 @@ from tgmm_nn.experiments.options import (
     check_keys,
     check_overrides,
     check_values,
+    check_words,
+    key_of,
     printable,
 )
-from tgmm_nn.experiments.reports import Row, format_table
-from tgmm_nn.experiments.running import check_launcher, contents, discard, fit, open_folder, write_results
+from tgmm_nn.experiments.reports import Row, format_table, matching_hint
+from tgmm_nn.experiments.resuming import check_resume
+from tgmm_nn.experiments.running import check_launcher, contents, discard, fit, make_report, open_folder
 from tgmm_nn.experiments.sweeps import SweepTable
 
 # Hints of Lightning and torchmetrics that do not apply: data in memory, short epochs, a run's own folder.
@@ -49,29 +52,38 @@ def train(cfg: DictConfig) -> list[Row]:
         torch.set_num_threads(cfg.num_threads)
         threadpool_limits(cfg.num_threads)  # scikit-learn's and NumPy's
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+    overrides = HydraConfig.get().overrides.task
+    if not sys.stdout.isatty() and "trainer.enable_progress_bar" not in map(key_of, overrides):
+        cfg.trainer.enable_progress_bar = False  # in a file it would be a line for each of its states
     data = build(cfg.data)
     if not cfg.train:
-        return evaluate(cfg, data, HydraConfig.get().overrides.task)
+        return evaluate(cfg, data, overrides)
+    if cfg.ckpt_path is not None:
+        check_resume(cfg, data)
     cfg.inputs = data.inputs()
     model = build(cfg.model)
     others = {f"callbacks.{name}": node for name, node in cfg.callbacks.items()}
     callbacks = build_named(lightning.Callback, {"em": cfg.em, "metrics": cfg.metrics, **others})
     loggers = build_named(Logger, {f"logger.{name}": node for name, node in cfg.logger.items()})
     trainer = build(cfg.trainer, callbacks=callbacks, logger=loggers)
-    check_launcher(trainer, in_sweep=HydraConfig.get().mode == RunMode.MULTIRUN)
+    in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    check_launcher(trainer, in_sweep=in_sweep)
 
     folder = Path(cfg.paths.output_dir)
     if trainer.is_global_zero:
-        print(open_folder(folder, printable(cfg)), flush=True)
+        text = open_folder(folder, printable(cfg))
+        # Hydra has named each run of a sweep, and what it overrides.
+        print(data.description() if in_sweep else f"{text}\n{data.description()}", flush=True)
 
     if isinstance(model, lightning.LightningModule):  # a choice among mixtures has nothing to train
         fit(trainer, model, data, cfg.ckpt_path)
     if not trainer.is_global_zero:
         return []
 
-    rows: list[Row] = model.report(data, folder, cfg.seed)
-    write_results(rows, folder)
-    print(f"\n{format_table(rows)}\n\nEverything lies in {folder}\n{contents(folder)}")
+    rows = make_report(trainer, model, data, folder, cfg.seed)
+    hint = matching_hint(model.gmm.n_components, data.labels) if "accuracy" in rows[0] and hasattr(model, "gmm") else ""
+    said = (format_table(rows), hint, f"Everything lies in {folder}\n{contents(folder)}")
+    print("\n" + "\n\n".join(filter(None, said)))
     return rows
 
 
@@ -86,6 +98,9 @@ def main(cfg: DictConfig) -> None:
         check_values(cfg)
         check_overrides(cfg, HydraConfig.get().overrides.task)
         train(cfg)
+    except (KeyboardInterrupt, SystemExit):
+        discard(Path(HydraConfig.get().runtime.output_dir))
+        raise
     except Exception as error:
         sentence = explain(error)
         if sentence is None or HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -102,7 +117,14 @@ def run() -> None:
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra prints errors in words of its own unless it may raise them
     try:
+        check_words(sys.argv[1:])
         main()
+    except KeyboardInterrupt:
+        SweepTable.end_early(interrupted=True)
+        sys.exit("\nInterrupted.")
+    except SystemExit:
+        SweepTable.end_early(interrupted=True)
+        raise
     except Exception as error:
         SweepTable.end_early()
         sentence = explain(error)

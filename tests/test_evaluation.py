@@ -12,6 +12,7 @@ import lightning
 import numpy as np
 import pytest
 import torch
+import yaml
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from test_train import ROOT, _cheap_pictures, _clean_state, pytestmark, run_train, train  # noqa: F401  # fixtures
 
@@ -70,6 +71,12 @@ def table(file):
 
 def column(rows, name):
     return np.array([float(row[name]) for row in rows])
+
+
+def scoring(trained, files):
+    """The overrides that score new rows by the checkpoint of `trained`."""
+    ckpt = f"ckpt_path={trained / 'checkpoints' / 'last.ckpt'}"
+    return ["train=false", ckpt, "data=npz", f"data.path={files / 'new.npz'}"]
 
 
 def mixture_of(folder, prefix="gmm", **size):
@@ -162,11 +169,42 @@ def test_a_row_without_a_log_density_is_named_with_its_file(train, trained, file
     rows = ["data=npy_folder", f"data.path={files / 'shards'}"]
     with pytest.raises(SystemExit, match=r"`x` of .*shards with rows like those of .* row 0 of b.npy is -?(inf|nan)"):
         train("train=false", f"ckpt_path={trained / 'checkpoints' / 'last.ckpt'}", *rows)
+    assert not (files.parent / "run").exists()  # nor half a table
 
 
-def test_the_identity_runs_beside_another_experiment_and_takes_the_width_of_the_rows(train, files):
+def test_the_config_of_an_evaluation_is_of_the_model_that_was_scored_and_of_what_counted(train, trained, files):
+    scored = train(*scoring(trained, files))
+    said, was = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in (scored, trained))
+    for group in ("model", "gmm", "prior", "inputs"):
+        assert said[group] == was[group]
+    assert (said["gmm"]["n_components"], said["data"]["path"]) == (4, str(files / "new.npz"))
+    assert not {"em", "metrics", "callbacks", "logger"} & set(said)
+
+
+def test_rows_are_scored_in_the_precision_that_is_asked_for(train, trained, files):
+    """The oracle is the mixture in float64; in float32 the scores differ from it."""
+    gmm = mixture_of(trained, n_components=4, n_features=5, dtype=torch.float64)
+    x = NpzDataModule(str(files / "labelled.npz")).rows.scaling(blobs(90, seed=1)[0])
+    away = {}
+    for precision in ("32-true", "64-true"):
+        scored = train(*scoring(trained, files), f"trainer.precision={precision}", folder=precision)
+        found = column(table(scored / "log_density.csv"), "log_density")
+        away[precision] = np.abs(found / gmm(x.double()).numpy() - 1).max()
+    assert away["64-true"] < 1e-6 < 2 * away["32-true"], away  # seven digits are written
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(train, trained, files, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=r"Expected to read and write '.*file/run', but got 'Not a directory'"):
+        train(*scoring(trained, files), folder="file/run")
+
+
+def test_the_identity_runs_beside_another_experiment_with_a_mixture_of_the_rows_width(train, files):
     """Of rows that stay on the disk."""
-    folder = train("model=identity", "data=npy_folder", f"data.path={files / 'shards'}", *SHORT)
+    identity = ["model=identity", "data=npy_folder", f"data.path={files / 'shards'}", *SHORT]
+    with pytest.raises(SystemExit, match=r"`gmm` of 5 features, .*, but got 10; set gmm.n_features=5, as experiment="):
+        train(*identity, folder="wide")
+    folder = train(*identity, "gmm.n_features=5")
     assert float(table(folder / "results.csv")[0]["nmi"]) > 0.5
     assert [row["method"] for row in table(folder / "results.csv")][1:] == ["k-means on the embeddings"]
 
@@ -316,7 +354,14 @@ def test_a_checkpoint_of_another_model_is_one_message(train, trained, files):
     )
     refuse(r"`prior.mean` as the checkpoint was trained with, None, but got 0.0 by prior=niw", *evaluate, "prior=niw")
     refuse(r"no `data.scale` with train=false, .* but got 'data.scale=3'", *evaluate, "data.scale=3")
-    for without_effect in ("em=minibatch", "em.mode=full", "metrics.prefix=x", "callbacks=none", "logger=none"):
+    for without_effect in (
+        "debug=fast",
+        "em=minibatch",
+        "em.mode=full",
+        "metrics.prefix=x",
+        "callbacks=none",
+        "logger=none",
+    ):
         name = without_effect.split("=")[0]
         refuse(rf"no `{name}` with train=false, which trains and logs nothing, but got", *evaluate, without_effect)
     refuse(r"no `trainer.max_epochs` with train=false, .* a device and a precision", *evaluate, "trainer.max_epochs=3")
@@ -326,10 +371,11 @@ def test_a_checkpoint_of_another_model_is_one_message(train, trained, files):
     shutil.copy(checkpoint, alone)
     evaluate[1] = f"ckpt_path={alone}"
     refuse(r"a checkpoint of a ContrastiveClustering as the config has it, but .*alone.ckpt is not", *evaluate)
+    refuse(r"the config.yaml of its run is not beside it in .*rows: put it there, or give experiment=NAME", *evaluate)
     known = [*evaluate, "experiment=embeddings", "gmm.n_components=4"]
     refuse(r"`model` with train=false to be one that is trained, but got C", *evaluate, "experiment=choose_components")
     if not torch.cuda.is_available():
-        refuse(r"No supported gpu backend found! \(in `trainer`\)", *known, "trainer=gpu")
+        refuse(r"No supported gpu backend found! \(in `trainer`\); take trainer=cpu", *known, "trainer=gpu")
     scored = train(*known, folder="known")
     assert (scored / "log_density.csv").read_text() == (same / "log_density.csv").read_text()
 

@@ -1,11 +1,12 @@
 """The parts of the experiments, each against its formula."""
 
 import math
+from pathlib import Path
 
 import lightning
 import pytest
 import torch
-from matplotlib.figure import Figure
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from tgmm_nn import GaussianMixture, MixtureClassifier
@@ -207,7 +208,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_a_report_is_of_rows_in_the_precision_of_the_training(name, precision, tmp_path, monkeypatch):
     """With networks as the trainer leaves them."""
-    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", lambda canvas, file, **_: Path(file).touch())
     x = torch.randn(60, 6).numpy()
     data = RowsDataModule(Table([x], "rows"), torch.arange(60) % 3, None, n_classes=2, test_size=0.3)
     model = MODELS[name]()
@@ -216,6 +217,7 @@ def test_a_report_is_of_rows_in_the_precision_of_the_training(name, precision, t
     fit(trainer, model, data, None)
     rows = model.report(data, tmp_path, seed=0)
     assert len(rows) > 1
+    assert all(picture.stat().st_size == 0 for picture in tmp_path.glob("*.png"))  # none was drawn
     assert all(math.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
 
 

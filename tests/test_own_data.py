@@ -99,6 +99,22 @@ def test_chunks_are_all_rows_in_order(npz, rows):
     torch.testing.assert_close(torch.cat(chunks), data.x)
 
 
+def test_what_was_understood_of_rows_and_labels_is_a_line(npz, rows):
+    x, y = rows
+    size = f"Rows of {npz(x=x)}: 40 rows of 6 features"
+    said = {
+        NpzDataModule(npz(x=x)).description(): f"{size}, no images; no labels",
+        NpzDataModule(npz(x=x, image_shape=(2, 3), y=y)).description(): f"{size}, images of 2 x 3; 3 classes, labels "
+        f"0 to 2, {int((y < 0).sum())} rows without a label",
+        NpzDataModule(npz(x=x, y=np.arange(40) % 3 + 1)).description(): f"{size}, no images; 4 classes, labels 0 to 3, "
+        "of which no row has 0: numpy.unique(y, return_inverse=True)[1] numbers them from 0",
+        NpzDataModule(npz(x=x.reshape(40, 2, 3))).description(): f"{size}, no images; no labels; each of shape (2, 3) "
+        "is taken as 6 features; image_shape=(2, 3) in an .npz file, or data.image_shape=[2,3], makes them images",
+    }
+    for found, expected in said.items():
+        assert found == expected
+
+
 # -------------------------------------------------------------------------------------------------------------- scaling
 
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.demos.boring_classes import BoringModel
@@ -19,8 +21,8 @@ from tgmm_nn.experiments.errors import explain
 from tgmm_nn.experiments.interrupt import InterruptCheckpoint
 from tgmm_nn.experiments.options import build, build_named, check_keys
 from tgmm_nn.experiments.reports import format_table, if_started
-from tgmm_nn.experiments.running import contents, discard, fit, open_folder, resume_command
-from tgmm_nn.experiments.sweeps import SweepTable, combine, read_sweep
+from tgmm_nn.experiments.running import contents, discard, fit, open_folder, resume_command, words_of_run
+from tgmm_nn.experiments.sweeps import SweepTable, combine, planned_runs, read_sweep
 
 # ------------------------------------------------------------------------------------------------------------- options
 
@@ -143,6 +145,33 @@ def test_a_checkpoint_whose_path_is_no_plain_word_is_quoted_for_hydra_and_the_sh
     assert command == """python train.py 'ckpt_path='"'"'a=1, b/last.ckpt'"'"''"""
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "run/last.ckpt",
+        "it's/last.ckpt",
+        "a b/'x'.ckpt",
+        "back\\'s/l.ckpt",
+        "end\\",
+        "größe.ckpt",
+        'a"b,c={}.ckpt',
+        "$x",
+    ],
+)
+def test_a_resume_command_is_read_by_the_shell_and_by_hydra_as_the_path_that_it_names(path):
+    *words, last = shlex.split(resume_command(["train.py", "seed=1"], Path(path)))
+    assert words == ["python", "train.py", "seed=1"]
+    assert OverridesParser.create().parse_override(last).value() == path
+
+
+def test_the_command_of_a_run_of_a_sweep_is_that_run_alone():
+    argv = ["train.py", "--multirun", "hparams_search=components", "--config-dir", "mine", "~logger", "seed=0,1"]
+    of_hydra = ["hydra.mode=MULTIRUN", "hydra.sweep.dir=x", "hydra/launcher=joblib", "hydra.searchpath=[mine]"]
+    of_run = ["hparams_search=components", "~logger=", "seed=1"]
+    words = ["train.py", "--config-dir", "mine", "hydra.searchpath=[mine]", *of_run, "hydra.mode=RUN"]
+    assert words_of_run(argv, of_run, of_hydra) == words
+
+
 # ------------------------------------------------------------------------------------------------------------ interrupt
 
 
@@ -229,6 +258,16 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, capsys):
     assert "Interrupted in epoch 0, before a checkpoint was saved." in capsys.readouterr().err
 
 
+def test_a_ctrl_c_that_the_caller_ignores_stays_ignored(tmp_path):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctrl_c, trainer = CtrlC(step=3), trainer_with(InterruptCheckpoint(str(tmp_path)), max_epochs=1)
+    trainer.callbacks.append(ctrl_c)
+    fit(trainer, BoringModel(), None, None)
+    assert trainer.global_step == 64
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("option", ["dirpath", "filename"])
 def test_options_of_the_interrupt_are_checked(option):
     with pytest.raises(TypeError, match=f"Expected `{option}` to be a non-empty string"):
@@ -272,6 +311,26 @@ def test_a_sweep_is_read_in_the_order_of_its_runs_and_combined_over_seeds_alone(
         assert row["note"] == ""
 
 
+BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+
+
+@pytest.mark.parametrize(
+    ("task", "params", "runs"),
+    [
+        (["seed=0,1", "+a=x"], {"k": "3,4"}, [{"k": k, "seed": s, "a": "x"} for k in "34" for s in "01"]),
+        (["seed=range(0,3)"], None, [{"seed": s} for s in "012"]),
+        (["k=5"], {"k": "3,4"}, [{"k": "5"}]),
+        (["experiment=glob(*)"], None, []),
+    ],
+)
+def test_the_runs_that_a_sweep_plans_are_all_combinations_in_order(task, params, runs):
+    sweeper = {"_target_": BASIC, "params": params}
+    config = OmegaConf.create({"hydra": {"sweeper": sweeper, "overrides": {"task": task}}})
+    assert planned_runs(config) == runs
+    config.hydra.sweeper._target_ = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
+    assert planned_runs(config) == []
+
+
 def test_a_single_run_has_no_deviation():
     (row,) = combine([({"seed": "0"}, [{"method": "a", "nmi": "0.5"}])])
     assert row == {"method": "a", "runs": 1, "nmi": 0.5, "nmi_sd": ""}
@@ -296,3 +355,15 @@ def test_marks_are_counted_where_numbers_are_averaged():
 def test_the_key_of_a_sweeps_means_is_checked():
     with pytest.raises(TypeError, match="Expected `over` to be a non-empty string"):
         SweepTable(over=3)
+
+
+def test_tables_of_runs_that_differ_in_their_columns_are_joined_and_what_a_run_lacks_is_empty():
+    runs = [
+        ({"seed": "0", "model": "a"}, [{"method": "mixture", "accuracy": "0.5", "nmi": "0.25"}]),
+        ({"seed": "1", "model": "a"}, [{"method": "mixture", "accuracy": "0.7", "nmi": "0.75", "ari": "1.0"}]),
+        ({"seed": "0", "model": "b"}, [{"method": "mixture", "accuracy": "0.9", "log p(x)": "-3.0"}]),
+    ]
+    rows = combine(runs)
+    assert (rows[0]["nmi"], rows[0]["ari"], "nmi" in rows[1]) == (0.5, 1.0, False)
+    shown = format_table([{"method": "a", "nmi": 0.5}, {"method": "b", "log p(x)": -3.0}]).splitlines()
+    assert shown == ["method    nmi  log p(x)", "a       0.500", "b                -3.000"]

@@ -12,14 +12,16 @@ import subprocess
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from matplotlib.figure import Figure
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -53,21 +55,21 @@ pytestmark = [
 ]
 
 
-SAVEFIG = Figure.savefig
+PRINT_PNG = FigureCanvasAgg.print_png
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _cheap_pictures():
     """Figures are made, but not drawn: half of a short run is drawing."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", lambda figure, file, **options: Image.new("L", (1, 1)).save(file))
+        patch.setattr(FigureCanvasAgg, "print_png", lambda canvas, file, **options: Image.new("L", (1, 1)).save(file))
         yield
 
 
 @pytest.fixture
 def drawn_pictures(monkeypatch):
     """Of a test that looks at the pictures."""
-    monkeypatch.setattr(Figure, "savefig", SAVEFIG)
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", PRINT_PNG)
 
 
 @contextmanager
@@ -92,9 +94,9 @@ def _clean_state():
 
 def run_train(folder, *overrides):
     """Run ``train.py`` in this process with overrides, or a sweep with -m, in a folder of its own; return that."""
-    where = f"hydra.{'sweep' if '-m' in overrides else 'run'}.dir={folder}"
+    where = [] if folder is None else [f"hydra.{'sweep' if '-m' in overrides else 'run'}.dir={folder}"]
     with pytest.MonkeyPatch.context() as patch, clean_state():
-        patch.setattr(sys, "argv", ["train.py", *sorted([where, *overrides], key=lambda text: text != "-m")])
+        patch.setattr(sys, "argv", ["train.py", *sorted([*where, *overrides], key=lambda text: text != "-m")])
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
     return folder
 
@@ -109,6 +111,18 @@ def train(tmp_path):
 def finished(tmp_path_factory):
     """A run that tests share."""
     return run_train(tmp_path_factory.mktemp("finished") / "run", *DEBUG)
+
+
+def test_pictures_of_these_tests_are_not_drawn(finished):
+    pictures = sorted(finished.glob("*.png"))
+    assert len(pictures) > 5
+    for picture in pictures:
+        with Image.open(picture) as image:
+            assert image.size == (1, 1), picture
+
+
+def interrupted(*args, **options):
+    raise KeyboardInterrupt
 
 
 def table(folder):
@@ -235,7 +249,7 @@ REPORTS = {
     "digits_generative_classifier": ("mixture for each class", ["classes.png"]),
     "digits_ood": ("log-density, a Gaussian for each class", ["outliers.png"]),
     "digits_vade": ("mixture at its end", ["latent.png", "components.png"]),
-    "embeddings": ("mixture carried through training (full)", ["latent.png"]),
+    "embeddings": ("mixture (full)", ["latent.png"]),
 }
 
 
@@ -259,6 +273,149 @@ def test_every_experiment_runs_with_debug_fast_and_names_every_file_that_it_leav
         assert (folder / "curves.png").exists()
         saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         assert int(next(value for name, value in saved.items() if name.endswith("fitted"))) == 1  # the mixture travels
+
+
+def test_a_resume_refuses_what_the_checkpoint_decides_and_takes_the_rest(train, finished, tmp_path):
+    ckpt = f"ckpt_path={finished / 'checkpoints' / 'last.ckpt'}"
+    for option, name, was, by, how in (
+        ("model.learning_rate=0.5", "", "0.001, but got 0.5", "optimizer", "set model.learning_rate=0.001, or start"),
+        ("model.weight_decay=0", "", "1e-05, but got 0", "optimizer", "set model.weight_decay=1e-05, or start anew"),
+        ("gmm.n_init=7", "", "1, but got 7", "mixture, as it was started,", "set gmm.n_init=1, or start anew without"),
+        (
+            "experiment=digits_vade",
+            "model._target_",
+            "'.*', but got '.*'",
+            "model",
+            "give the experiment that it is of",
+        ),
+    ):
+        asked = f"Expected `{name or option.split('=')[0]}` as the checkpoint was trained with, {was}"
+        match = f"{asked}; a resume goes on with the {by} of .*last.ckpt: {how}"
+        with pytest.raises(SystemExit, match=match):
+            train(*DEBUG, ckpt, option, folder="refused")
+        assert not (tmp_path / "refused").exists()
+    with pytest.raises(
+        SystemExit, match=r"^Expected the model and data that `ckpt_path` .* size mismatch for .*; give"
+    ):
+        train(*DEBUG, ckpt, "model.encoder.sizes=[64,32,10]", folder="refused")
+    np.savez(tmp_path / "wide.npz", x=np.eye(70))
+    with pytest.raises(SystemExit, match=r"`x` of .*wide.npz with 64 features, .* but got 70; name rows .* data.path"):
+        train(*DEBUG, ckpt, "data=npz", f"data.path={tmp_path / 'wide.npz'}")
+    train(
+        *DEBUG,
+        ckpt,
+        "trainer.max_epochs=3",
+        "em.step_size=0.1",
+        "callbacks.interrupt=null",
+        "gmm.reg_covar=0.2",
+        folder="on",
+    )
+
+
+def test_a_resume_refuses_another_scaling_than_the_checkpoints(train, tmp_path):
+    np.savez(tmp_path / "rows.npz", x=np.random.default_rng(0).normal(size=(60, 5)))
+    rows = [*DEBUG, "data=npz", f"data.path={tmp_path / 'rows.npz'}", "gmm.n_components=2", "data.scale=3"]
+    folder = train(*rows, "logger=none")
+    with pytest.raises(SystemExit, match=r"Expected `data.scale` as .* 3, but got None; .* the scaling of the rows of"):
+        train(*rows, "data.scale=null", f"ckpt_path={folder / 'checkpoints' / 'last.ckpt'}", folder="refused")
+
+
+def test_ctrl_c_in_the_report_says_that_training_is_finished_and_how_to_make_the_report(train, capsys, monkeypatch):
+    monkeypatch.setattr("tgmm_nn.experiments.reports.draw_density", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        train(*DEBUG)
+    assert stop.value.code == 1
+    said = re.search(r"training is finished. Make the report again by\n  (.*)", capsys.readouterr().err).group(1)
+    monkeypatch.undo()
+    words = shlex.split(said)[2:]
+    assert words[:-1] == DEBUG
+    train(*words, folder="again")
+    assert "Nothing was trained" in capsys.readouterr().out
+
+
+def test_ctrl_c_before_anything_was_saved_is_a_word_and_leaves_nothing(train, monkeypatch, tmp_path, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr("tgmm_nn.experiments.digits.load_digits", interrupted)
+        with pytest.raises(SystemExit, match="Interrupted"):
+            train(*DEBUG)
+        with pytest.raises(SystemExit, match="Interrupted"):
+            train(*DEBUG, "-m", "seed=0,1", folder="sweep")
+    assert "The sweep was interrupted; 2 of 2 runs are left:\n  seed=0\n  seed=1\n" in capsys.readouterr().out
+    monkeypatch.setattr("tgmm_nn.experiments.choice.ComponentChoice.trials", interrupted)
+    with pytest.raises(SystemExit):
+        train(*CHOICE)
+    assert "Interrupted before there was a table." in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_sweep_that_is_interrupted_has_a_table_and_says_what_is_left(train, capsys, monkeypatch, tmp_path):
+    from tgmm_nn.experiments.identity import EmbeddingClustering
+
+    swept = ["experiment=embeddings", "debug=fast", "callbacks.latent_plot=null", "logger=none"]
+    step = EmbeddingClustering.training_step
+    monkeypatch.setattr(
+        EmbeddingClustering,
+        "training_step",
+        lambda self, *batch: interrupted() if self.gmm.random_state == 1 and self.current_epoch else step(self, *batch),
+    )
+    with pytest.raises(SystemExit) as stop:
+        train(*swept, "-m", "seed=0,1,2", folder="sweep")
+    assert stop.value.code == 1
+    printed = capsys.readouterr()
+    words = shlex.split(re.search(r"resume by\n  python (.*)", printed.err).group(1))[1:]
+    assert words == [*swept, "seed=1", f"ckpt_path={tmp_path / 'sweep' / '1' / 'checkpoints' / 'last.ckpt'}"]
+    assert "The sweep was interrupted; 2 of 3 runs are left:\n  seed=1\n  seed=2\n" in printed.out
+    with (tmp_path / "sweep" / "sweep.csv").open(newline="") as file:
+        assert {row["runs"] for row in csv.DictReader(file)} == {"1"}
+
+
+def test_one_checkpoint_for_all_runs_of_a_sweep_is_refused(train, finished, tmp_path):
+    ckpt = f"ckpt_path={finished / 'checkpoints' / 'last.ckpt'}"
+    with pytest.raises(SystemExit, match=r"Expected no `ckpt_path` for all runs of a sweep, .* but got '.*last.ckpt'"):
+        train(*DEBUG, "-m", "seed=0,1", ckpt, folder="sweep")
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_sweep_over_experiments_has_one_table_and_prints_no_config(train, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    swept = ["experiment=embeddings,digits_generative_classifier", "debug=fast", "callbacks=none", "logger=none"]
+    run_train(None, "-m", *swept)
+    printed = capsys.readouterr().out
+    assert "learning_rate" not in printed
+    [folder] = (tmp_path / "multirun").iterdir()
+    with (folder / "sweep.csv").open(newline="") as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    assert rows["mixture (full)"]["nmi"]
+    assert not rows["mixture (full)"]["cross-entropy"]
+    assert rows["softmax layer"]["cross-entropy"]
+    assert not rows["softmax layer"]["nmi"]
+
+
+def test_the_help_names_groups_options_and_commands_that_compose(train, capsys):
+    with suppress(SystemExit):  # with code 0
+        train("--help")
+    printed = capsys.readouterr().out
+    assert re.search(r"^em: accumulate, default, full, .*off$", printed, re.MULTILINE)
+    assert "README.md" in printed
+    assert "configs/" in printed
+    commands = re.findall(r"^python train.py(.*?)(?:  |$)", printed, re.MULTILINE)
+    assert len(commands) == 4
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        for words in map(str.split, commands):
+            values = [word.split(",")[0] for word in words if word != "-m"]  # of a sweep the first
+            assert ("-m" in words) == any("," in word for word in words)
+            cfg = compose("train", [*values, "paths.output_dir=out"])
+            assert cfg.data.get("path") in (None, "FILE.npz", "NEW.npz")
+
+
+def test_a_run_says_what_it_understood_and_what_its_accuracy_matches(train, capsys):
+    train("experiment=embeddings", "debug=fast", "callbacks=none", "logger=none", "gmm.n_components=12")
+    printed = capsys.readouterr()
+    assert "Rows of scikit-learn's digits: 1797 rows of 64 features, images of 8 x 8; 10 classes" in printed.out
+    assert "for rows of your own, set data=npz data.path=FILE.npz" in printed.out
+    assert "one to one, 12 with 10: for as many, set gmm.n_components=10." in printed.out
+    assert "it/s" not in printed.out + printed.err  # no terminal, no progress bar
+    assert "enable_progress_bar: false" in printed.out
 
 
 def test_how_a_mixture_did_at_its_start_is_told_after_a_resume(train):
@@ -330,7 +487,7 @@ def test_a_sweep_goes_on_past_a_run_that_fails_and_then_fails(train, tmp_path, c
     swept = [*DEBUG, "-m", "gmm.covariance_type=fulll,diag"]
     with pytest.raises(SystemExit, match=r"Expected `covariance_type` to be one of .* but got 'fulll'"):
         train(*swept, folder="sweep")
-    assert "1 of 2 runs came to no end" in capsys.readouterr().out
+    assert "1 of 2 runs failed, and are missing above." in capsys.readouterr().out
     assert (tmp_path / "sweep" / "sweep.csv").exists()
 
 
@@ -379,7 +536,6 @@ def test_two_processes_are_one_word_away_forked_or_each_by_a_command_of_its_own(
 
 def test_the_progress_bar_is_richs_where_it_is_installed(tmp_path):
     """Lightning chooses by itself; the trainer's config leaves it to it."""
-    from hydra import compose, initialize_config_dir
     from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
     from tgmm_nn.experiments.options import build
@@ -397,6 +553,11 @@ def test_the_progress_bar_is_richs_where_it_is_installed(tmp_path):
         ("sed=3", "Expected a key of the config's top, but got 'sed'; did you mean 'seed'\\?"),
         ("n_components=3", "but got 'n_components'; did you mean 'gmm.n_components'\\?"),
         ("callbacks.em.mode=full", "Expected a key of `callbacks`, but got 'em'; did you mean 'em'\\?"),
+        ("epochs=3", "Expected a key of the config's top, but got 'epochs'; did you mean 'trainer.max_epochs'\\?"),
+        ("seed=0,1", "Expected one value for `seed`, but got '0,1'; a sweep over them takes -m before it, and a list"),
+        ("--gmm.n_components", "without dashes, but got '--gmm.n_components'; write gmm.n_components="),
+        ("--seed=3", "Expected options as KEY=VALUE, without dashes, but got '--seed=3'; write seed=3"),
+        ("trainer.devices=9999", "Expected `trainer.devices` of at most \\d+ on this machine's CPU, but got 9999"),
         ("unheard=3", "Expected a key of the config's top, one of name, seed, .*, but got 'unheard'"),
         ("trainer.max_epoch=3", "Expected a key of `trainer`, but got 'max_epoch'; did you mean 'trainer.max_epochs'"),
         ("trainer=gpuu", "Expected `trainer` to be one of cpu, .*, but got 'gpuu'; did you mean 'gpu'\\?"),
@@ -435,6 +596,7 @@ def test_the_progress_bar_is_richs_where_it_is_installed(tmp_path):
 def test_a_wrong_option_ends_with_exit_code_1_and_one_message_that_names_it(
     train, capsys, monkeypatch, tmp_path, override, message
 ):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(ROOT)
     outputs = set(ROOT.glob("outputs/*"))
     with pytest.raises(SystemExit) as stop:

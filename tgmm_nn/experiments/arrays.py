@@ -65,6 +65,12 @@ class ArraysDataModule(RowsDataModule):
         table = Table(parts, str(path))
         given = own_shape if image_shape is None else image_shape
         shape = None if given is None else _image_shape(given, table)
+        if shape is None and parts[0].ndim == 3:
+            height, width = parts[0].shape[1:]
+            self.remark = (
+                f"each of shape ({height}, {width}) is taken as {height * width} features; image_shape=({height}, "
+                f"{width}) in an .npz file, or data.image_shape=[{height},{width}], makes them images"
+            )
         table.scaling = scaling_of(scale, table, are_images=shape is not None)
         super().__init__(
             table,

@@ -12,6 +12,7 @@ from tgmm_nn.experiments.tables import Scaling, Table
 __all__ = ["DigitsDataModule", "LabelledDigitsDataModule"]
 
 IMAGE_SHAPE = (8, 8)
+REMARK = "for rows of your own, set data=npz data.path=FILE.npz"
 
 
 class DigitsDataModule(RowsDataModule):
@@ -26,6 +27,8 @@ class DigitsDataModule(RowsDataModule):
         >>> DigitsDataModule().x.shape
         torch.Size([1797, 64])
     """
+
+    remark = REMARK
 
     def __init__(self, batch_size: int = 256, n_neighbors: int = 5, num_workers: int = 0) -> None:
         super().__init__(
@@ -52,6 +55,8 @@ class LabelledDigitsDataModule(RowsDataModule):
         >>> len(data.x), len(data.x_test), len(data.x_unknown)
         (630, 271, 896)
     """
+
+    remark = REMARK
 
     def __init__(
         self, batch_size: int = 128, n_classes: int = 10, test_size: float = 0.3, seed: int = 0, num_workers: int = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import sys
+import re
 import traceback
 from collections.abc import Iterable, Iterator
 from functools import singledispatch
@@ -32,11 +32,15 @@ def explain(error: BaseException) -> str | None:
         >>> explain(ZeroDivisionError("division by zero")) is None
         True
     """
-    message, where = str(error), _raised_in(error)
-    if where.startswith("hydra."):
-        return _of_null(sys.argv[1:])
-    ours = message.startswith("Expected ") and where.split(".")[0] == "tgmm_nn"
-    return message if ours or message.startswith("Error(s) in loading state_dict") else None
+    message = str(error)
+    if message.startswith("Error(s) in loading state_dict"):
+        said = " ".join(message.split())
+        return (
+            f"Expected the model and data that `ckpt_path` was trained with, but got others: {said:.300}; give "
+            "experiment, model and data.path as its config.yaml has them."
+        )
+    ours = message.startswith("Expected ") and _raised_in(error).split(".")[0] == "tgmm_nn"
+    return message if ours else None
 
 
 @explain.register
@@ -52,15 +56,24 @@ def _of_choice(error: MissingConfigException) -> str:
 
 @explain.register
 def _of_override(error: HydraException) -> str:
-    """Name the key that an override may have meant: a like one in its place, or the same in another place."""
+    """Name the key that an override may have meant: a like one in its place, or the same or a like one elsewhere."""
+    if ambiguous := re.match(r"Ambiguous value for argument '([^=]*)=(.*)'", str(error)):
+        key, values = ambiguous.groups()
+        return (
+            f"Expected one value for `{key}`, but got {values!r}; a sweep over them takes -m before it, and a list "
+            f"brackets: {key}=[{values}]."
+        )
     cause = error.__cause__
     if not isinstance(cause, OmegaConfBaseException) or not isinstance(parent := cause.parent_node, DictConfig):
         return str(error)
     key, where = str(cause.key), str(parent._get_full_key(None) or "")
     known = [str(name) for name in parent if name not in ("hydra", *RESERVED)]
     near = [f"{where}.{name}".lstrip(".") for name in difflib.get_close_matches(key, known, n=1)]
-    same = [path for path in _paths(parent._get_root()) if path.split(".")[-1] == key]
-    return unknown_key(f"`{where}`" if where else "the config's top", key, near or same[:3], known)
+    paths = list(_paths(parent._get_root()))
+    same = [path for path in paths if path.split(".")[-1] == key]
+    alike = difflib.get_close_matches(key, {path.split(".")[-1] for path in paths}, n=1, cutoff=0.7)
+    like = [path for path in paths if path.split(".")[-1] in alike]
+    return unknown_key(f"`{where}`" if where else "the config's top", key, near or same[:3] or like[:3], known)
 
 
 @explain.register
@@ -70,7 +83,14 @@ def _of_building(error: InstantiationException) -> str:
     package = where.split(".")[-1]
     if isinstance(cause, ModuleNotFoundError) and where.startswith("logger."):
         return f"Expected the package `{package}` for logger={package}, but it is missing: run `pip install {package}`."
-    return f"{str(cause or said).strip().rstrip('.')} (in `{where}`)." if where else said
+    hint = "; take trainer=cpu, or trainer=default, which takes what there is" if "backend found" in str(cause) else ""
+    return f"{str(cause or said).strip().rstrip('.')} (in `{where}`){hint}." if where else said
+
+
+@explain.register
+def _of_callback(error: UserWarning) -> str | None:
+    """Explain what a callback of Hydra's raised, of which Hydra makes a warning."""
+    return None if error.__context__ is None else explain(error.__context__)
 
 
 @explain.register
@@ -99,12 +119,6 @@ def unknown_key(where: str, key: str, meant: list[str], known: Iterable[str]) ->
     if meant:
         return f"Expected a key of {where}, but got {key!r}; did you mean {' or '.join(map(repr, meant))}?"
     return f"Expected a key of {where}, one of {', '.join(known)}, but got {key!r}."
-
-
-def _of_null(words: list[str]) -> str | None:
-    """Name the group that an override gives no option, for which Hydra has no words; None if there is none."""
-    nulls = [word.removesuffix("=null") for word in words if word.endswith("=null") and "." not in word]
-    return f"Expected `{nulls[0]}` to name an option, but got null; name one, or leave it out." if nulls else None
 
 
 def _raised_in(error: BaseException) -> str:

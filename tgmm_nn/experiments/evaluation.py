@@ -15,8 +15,9 @@ from torchmetrics import MeanMetric
 
 from tgmm_nn.classifier import MixtureClassifier
 from tgmm_nn.experiments.networks import as_input
-from tgmm_nn.experiments.options import KEYS_OF, build, key_of, printable, read_checkpoint
+from tgmm_nn.experiments.options import KEYS_OF, OF_TRAINING_ALONE, build, key_of, printable, read_checkpoint
 from tgmm_nn.experiments.reports import Row, clustering_scores, format_table
+from tgmm_nn.experiments.resuming import check_width, config_of
 from tgmm_nn.experiments.rows import RowsDataModule
 from tgmm_nn.experiments.running import contents, open_folder, write_results
 from tgmm_nn.metrics import EffectiveComponents, NegativeLogLikelihood
@@ -26,7 +27,8 @@ from tgmm_nn.outliers import OutlierScore
 __all__ = ["evaluate", "rebuild", "score_rows"]
 
 # Groups of the config that say what the model is.
-OF_MODEL = ("model", "gmm", "prior", "experiment")
+OF_BUILDING = ("model", "gmm", "prior")
+OF_MODEL = (*OF_BUILDING, "experiment")
 # What the choice of an option of such a group decides.
 DECIDED_BY = {
     "experiment": ("model._target_", "gmm._target_"),
@@ -78,7 +80,8 @@ def evaluate(cfg: DictConfig, data: RowsDataModule, overrides: Sequence[str]) ->
     model = rebuild(cfg, read_checkpoint(cfg.ckpt_path), data, overrides).eval().to(trainer.strategy.root_device)
     trainer.precision_plugin.convert_module(model)
     folder = Path(cfg.paths.output_dir)
-    open_folder(folder, printable(cfg))
+    open_folder(folder, printable(_as_used(cfg)))
+    print(data.description(), flush=True)
     rows = [score_rows(model, data, folder)]
     write_results(rows, folder)
     print(f"\n{format_table(rows)}\n\nEverything lies in {folder}\n{contents(folder)}")
@@ -88,7 +91,7 @@ def evaluate(cfg: DictConfig, data: RowsDataModule, overrides: Sequence[str]) ->
 def rebuild(
     cfg: DictConfig, checkpoint: Any, data: RowsDataModule, overrides: Sequence[str]
 ) -> lightning.LightningModule:
-    """Return the model of a checkpoint, and scale the rows as those that it was trained on.
+    """Return the model of a checkpoint, scale the rows as those that it was trained on, and put both in the config.
 
     Raises:
         TypeError: If the config is of what is not trained.
@@ -101,17 +104,20 @@ def rebuild(
         raise ValueError(
             f"{expected} a checkpoint of a run, with the model and the scaling of its rows, but got {path}."
         )
-    saved = _config_of(path)
+    saved = config_of(path)
+    alone = ""
     if saved is None:
+        alone = (
+            f"; the config.yaml of its run is not beside it in {path.absolute().parent}: put it there, or give "
+            "experiment=NAME and all else as the checkpoint was trained"
+        )
         cfg.inputs = {**data.inputs(), "n_classes": data.n_classes or cfg.inputs.n_classes}
     else:
         _check_overrides(cfg, saved, overrides)
-        if saved.inputs.n_features != data.n_features:
-            raise ValueError(
-                f"Expected `x` of {data.rows.source} with {saved.inputs.n_features} features, those that {path} was "
-                f"trained on, but got {data.n_features}."
-            )
-    model = build((cfg if saved is None else saved).model)
+        check_width(saved, data, path)
+        for group in (*OF_BUILDING, "inputs"):
+            cfg[group] = saved[group]
+    model = build(cfg.model)
     if not isinstance(model, lightning.LightningModule):
         raise TypeError(f"Expected `model` with train=false to be one that is trained, but got {type(model).__name__}.")
     try:
@@ -120,6 +126,7 @@ def rebuild(
         said = " ".join(str(error).split())
         raise ValueError(
             f"{expected} a checkpoint of a {type(model).__name__} as the config has it, but {path} is not: {said:.300}"
+            f"{alone}"
         ) from error
     if not _mixture(model).fitted_:
         raise ValueError(f"{expected} one whose mixture has been started, but EM had not begun when {path} was saved.")
@@ -139,7 +146,7 @@ def score_rows(model: lightning.LightningModule, data: RowsDataModule, folder: P
     density, spread, outside = NegativeLogLikelihood(), EffectiveComponents(mixture.n_components), MeanMetric()
     found: list[Tensor] = []
     folder.mkdir(parents=True, exist_ok=True)
-    with _Table(folder / "assignments.csv") as assignments, _Table(folder / "log_density.csv") as densities:
+    with _CsvWriter(folder / "assignments.csv") as assignments, _CsvWriter(folder / "log_density.csv") as densities:
         for scores, label in _batches(model, data):
             is_outlier = ~(-scores.log_density <= outlier.threshold)
             own = {"component": scores.component, "probability": scores.probability, "class": scores.by_class}
@@ -159,8 +166,10 @@ def score_rows(model: lightning.LightningModule, data: RowsDataModule, folder: P
     }
 
 
-class _Table:
+class _CsvWriter:
     """A file of comma-separated columns, which is written batch by batch, each row behind its place.
+
+    Where an error ends it, half a file is none: it is removed.
 
     Args:
         file: Where it goes.
@@ -169,13 +178,15 @@ class _Table:
     def __init__(self, file: Path) -> None:
         self.file, self.n_rows = file, 0
 
-    def __enter__(self) -> _Table:
+    def __enter__(self) -> _CsvWriter:
         self._stream = self.file.open("w", newline="")
         self._writer = csv.writer(self._stream)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stream.close()
+        if kind is not None:
+            self.file.unlink()
 
     def write(self, columns: dict[str, Tensor | None]) -> None:
         """Append columns ``(B,)``, those that are not None; floats with the seven digits that float32 holds."""
@@ -233,13 +244,9 @@ def _check_reach(log_density: Tensor, data: RowsDataModule, start: int) -> None:
         )
 
 
-def _config_of(checkpoint: Path) -> DictConfig | None:
-    """Return the config of the run that saved a checkpoint, which lies in its folder; None where it does not."""
-    for folder in checkpoint.absolute().parents[:2]:
-        if (folder / "config.yaml").is_file():
-            config = OmegaConf.load(folder / "config.yaml")
-            return config if isinstance(config, DictConfig) and "model" in config and "inputs" in config else None
-    return None
+def _as_used(cfg: DictConfig) -> DictConfig:
+    """Return a config without what only a training uses."""
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in OF_TRAINING_ALONE])
 
 
 def _scaling_of(checkpoint: Any) -> dict[str, Tensor] | None:

@@ -29,7 +29,7 @@ from tgmm_nn.mixture import GaussianMixture
 from tgmm_nn.outliers import OutlierScore
 from tgmm_nn.plotting import plot_contingency, plot_scores, save
 
-FIRST = "log-density, a Gaussian for each class"
+FIRST, SINGLE = "log-density, a Gaussian for each class", "one Gaussian on the features"
 
 __all__ = ["GenerativeClassifier", "OutlierDetection", "energy", "softmax_score"]
 
@@ -51,6 +51,15 @@ def energy(logits: Tensor) -> Tensor:
         Liu, Wang, Owens and Li, Energy-based out-of-distribution detection, 2020.
     """
     return -logits.logsumexp(-1)
+
+
+def _accuracy(predicted: Tensor, y: Tensor) -> float:
+    return float((predicted == y).float().mean())
+
+
+def _detection(method: str, inside: Tensor, outside: Tensor, accuracy: float | str = "") -> Row:
+    """Return a row of a table: how scores of known rows and of others differ, and the accuracy where there is one."""
+    return {"method": method, **detection_scores(inside, outside), "accuracy": accuracy}
 
 
 class _DensityHead(lightning.LightningModule):
@@ -144,40 +153,47 @@ class OutlierDetection(_DensityHead):
         """Score held-out rows of known classes against the others, beside the baselines, and draw the scores."""
         self.eval()
         pixels = [as_input(self, part) for part in (data.x, data.x_test, data.x_unknown)]
-        train, test, unknown = (self.encoder(part) for part in pixels)
+        features = [self.encoder(part) for part in pixels]
         y_test = data.y_test.to(self.device)
+        score = OutlierScore(self.density).calibrate(features[1])
+        self._draw(score, features[1], features[2], data, folder, seed)
+        return [
+            *(if_started(self.density.mixture, row) for row in self._by_density(features, y_test)),
+            *self._by_logits(features, y_test),
+            *self._baselines(features, pixels, data.y, y_test, seed),
+        ]
+
+    def _by_density(self, features: list[Tensor], y: Tensor) -> list[Row]:
+        """Return a row for each score of the density: features of training, known and other rows, known classes."""
+        _, test, unknown = features
+        right = _accuracy(self.density.predict(test), y)
+        plain = OutlierScore(self.density)
+        rows = [_detection(FIRST, plain(test), plain(unknown), right)]
+        for name in ("mahalanobis", "relative_mahalanobis"):
+            score = OutlierScore(self.density, name)
+            rows.append(_detection(name.replace("_", " "), score(test), score(unknown)))
+        return rows
+
+    def _by_logits(self, features: list[Tensor], y: Tensor) -> list[Row]:
+        """Return a row for each score of the softmax layer."""
+        test, unknown = (self.head(part) for part in features[1:])
+        right = _accuracy(test.argmax(-1), y)
+        scores = {"maximum softmax probability": softmax_score, "energy of the logits": energy}
+        return [_detection(name, score(test), score(unknown), right) for name, score in scores.items()]
+
+    def _baselines(
+        self, features: list[Tensor], pixels: list[Tensor], y_train: Tensor | None, y: Tensor, seed: int
+    ) -> list[Row]:
+        """Return a row for each density that is fitted to the end's features, without labels, or to pixels."""
+        n_classes, (train, test, unknown) = self.density.n_classes, features
         how: dict[str, Any] = {"reg_covar": 1e-2, "random_state": seed, "max_iter": 300}
-        free = GaussianMixture(3 * self.density.n_classes, train.shape[1], **how).fit(
-            train, sync=False
-        )  # each rank has all rows
-        single = GaussianMixture(1, train.shape[1], **how).fit(train, sync=False)
-        raw = MixtureClassifier(self.density.n_classes, data.n_features, **how).fit(pixels[0], data.y, sync=False)
-        logits, classes = (self.head(test), self.head(unknown)), self.density.predict(test)
-        accuracy = float((classes == y_test).float().mean())
-        of_softmax = float((logits[0].argmax(-1) == y_test).float().mean())
-        of_pixels = float((raw.predict(pixels[1]) == y_test).float().mean())
-        scores = {name: OutlierScore(self.density, name) for name in ("mahalanobis", "relative_mahalanobis")}
-        own = OutlierScore(self.density)
-        methods: dict[str, tuple[Tensor, Tensor, float | str]] = {
-            FIRST: (own(test), own(unknown), accuracy),
-            f"log-density, {free.n_components} components without labels": (-free(test), -free(unknown), ""),
-            **{name.replace("_", " "): (score(test), score(unknown), "") for name, score in scores.items()},
-            "maximum softmax probability": (softmax_score(logits[0]), softmax_score(logits[1]), of_softmax),
-            "energy of the logits": (energy(logits[0]), energy(logits[1]), of_softmax),
-            "one Gaussian on the features": (-single(test), -single(unknown), ""),
-            "a Gaussian for each class on pixels": (
-                -raw.log_density(pixels[1]),
-                -raw.log_density(pixels[2]),
-                of_pixels,
-            ),
-        }
-        self._draw(own.calibrate(test), test, unknown, data, folder, seed)
-        rows: dict[str, Row] = {
-            name: {"method": name, **detection_scores(inside, outside), "accuracy": right}
-            for name, (inside, outside, right) in methods.items()
-        }
-        of_mixture = (FIRST, *(name.replace("_", " ") for name in scores))
-        return [if_started(self.density.mixture, row) if name in of_mixture else row for name, row in rows.items()]
+        rows = []
+        for name, k in ((f"log-density, {3 * n_classes} components without labels", 3 * n_classes), (SINGLE, 1)):
+            gmm = GaussianMixture(k, train.shape[1], **how).fit(train, sync=False)  # each rank has all rows
+            rows.append(_detection(name, -gmm(test), -gmm(unknown)))
+        raw = MixtureClassifier(n_classes, pixels[0].shape[1], **how).fit(pixels[0], y_train, sync=False)
+        score, right = OutlierScore(raw), _accuracy(raw.predict(pixels[1]), y)
+        return [*rows, _detection("a Gaussian for each class on pixels", score(pixels[1]), score(pixels[2]), right)]
 
     def _draw(
         self,

@@ -47,7 +47,8 @@ class InterruptCheckpoint(lightning.Callback):
         """Listen to Ctrl-C, before training too: the first step is then finished."""
         self._asked, self.saved = False, None
         alone = trainer.world_size == 1 and threading.current_thread() is threading.main_thread()
-        if stage == "fit" and alone:
+        ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # as of a job that `nohup` started: it stays so
+        if stage == "fit" and alone and not ignored:
             before = signal.signal(signal.SIGINT, self._ask)
             self._before = self._before if before == self._ask else before
             self._listening = True

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -22,11 +23,17 @@ __all__ = [
     "check_keys",
     "check_overrides",
     "check_values",
+    "check_words",
     "key_of",
     "printable",
     "read_checkpoint",
 ]
 
+# Groups of which an option is always chosen.
+GROUPS = (
+    *("data", "model", "prior", "gmm", "em", "metrics", "callbacks", "logger", "trainer", "paths", "hydra"),
+    "experiment",
+)
 # Keys of the config's top, and of the groups that build nothing. Hydra takes any key from an experiment file.
 KEYS = (
     *("name", "seed", "num_threads", "train", "ckpt_path", "inputs", "data", "model", "prior", "gmm", "em", "metrics"),
@@ -38,7 +45,8 @@ KEYS_OF = {
     "prior": ("weight_concentration", "mean", "mean_precision", "covariance", "degrees_of_freedom"),
 }
 # With train=false: groups that have no say, with why, and what counts of those that have.
-OF_TRAINING = dict.fromkeys(("em", "metrics", "callbacks", "logger"), "which trains and logs nothing") | {
+OF_TRAINING_ALONE = ("em", "metrics", "callbacks", "logger")
+OF_TRAINING = dict.fromkeys((*OF_TRAINING_ALONE, "debug"), "which trains and logs nothing") | {
     "data": "which scores all rows, scaled as those of the training",
     "trainer": "which takes a device and a precision alone",
 }
@@ -50,6 +58,22 @@ OF_EVALUATION = (
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Raise if words of the command line are no overrides, in a way that Hydra has no clear words for.
+
+    Raises:
+        ValueError: If a key stands behind dashes, or a group is given no option.
+    """
+    for place, word in enumerate(words):
+        key, equals, value = word.partition("=")
+        name = key.lstrip("-").replace("-", "_")
+        if key.startswith("--") and ("." in name or name in KEYS):
+            meant = value if equals else next(iter(words[place + 1 : place + 2]), "VALUE")
+            raise ValueError(f"Expected options as KEY=VALUE, without dashes, but got {word!r}; write {name}={meant}.")
+        if key in GROUPS and value == "null":
+            raise ValueError(f"Expected `{key}` to name an option, but got null; name one, or leave it out.")
 
 
 def check_keys(cfg: DictConfig) -> None:
@@ -77,6 +101,7 @@ def check_values(cfg: DictConfig) -> None:
     check_integer("trainer.max_epochs", cfg.trainer.max_epochs, minimum=-1)
     check_integer("trainer.accumulate_grad_batches", cfg.trainer.accumulate_grad_batches)
     check_integer("trainer.log_every_n_steps", cfg.trainer.log_every_n_steps, minimum=0)
+    _check_cpus(cfg.trainer)
     if cfg.ckpt_path is not None:
         read_checkpoint(cfg.ckpt_path)
 
@@ -127,6 +152,17 @@ def read_checkpoint(path: Any) -> dict[str, Any]:
     except (UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
         raise ValueError(f"Expected `ckpt_path` to be a checkpoint of a run, but got {path!r}.") from error
     return dict(saved)
+
+
+def _check_cpus(trainer: DictConfig) -> None:
+    """Raise if a trainer takes more processes on the CPU than it has cores: the first would wait for all the others."""
+    on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.cuda.is_available())
+    most = max(2, os.cpu_count() or 1)  # two, to try what several do, run on any machine
+    if on_cpu and str(trainer.devices).isdigit() and int(trainer.devices) > most:
+        raise ValueError(
+            f"Expected `trainer.devices` of at most {most} on this machine's CPU, but got {trainer.devices}: each is a "
+            "process of its own."
+        )
 
 
 def _check_known(where: str, keys: Iterable[str], known: Iterable[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,15 @@ from tgmm_nn.experiments.drawing import (
 from tgmm_nn.metrics import MatchedAccuracy
 from tgmm_nn.mixture import GaussianMixture
 
-__all__ = ["Row", "clustering_report", "clustering_scores", "format_table", "if_started"]
+__all__ = [
+    "Row",
+    "clustering_report",
+    "clustering_scores",
+    "column_names",
+    "format_table",
+    "if_started",
+    "matching_hint",
+]
 
 Row = dict[str, str | float]
 
@@ -93,7 +101,7 @@ def clustering_report(
     """
     k, rows = gmm.n_components, "rows" if image_shape is None else "pixels"
     methods = {
-        f"mixture carried through training ({gmm.covariance_type})": gmm.predict(z),
+        f"{'mixture' if x is z else 'mixture carried through training'} ({gmm.covariance_type})": gmm.predict(z),
         "k-means on the embeddings": _kmeans(z, k, seed),
     }
     if x is not z:
@@ -132,8 +140,13 @@ def if_started(gmm: GaussianMixture, row: Row) -> Row:
     return {**dict.fromkeys(row, ""), "method": f"{row['method']}: not started, EM never ran"}
 
 
-def format_table(rows: list[Row]) -> str:
-    """Return rows as aligned text, numbers to three places.
+def column_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the names of all columns of rows that may differ in them, in the order in which they come up."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """Return rows as aligned text, numbers to three places; a cell that a row lacks is empty.
 
     Example:
         >>> print(format_table([{"method": "a", "nmi": 0.5}, {"method": "longer", "nmi": 1.0}]))
@@ -141,16 +154,44 @@ def format_table(rows: list[Row]) -> str:
         a       0.500
         longer  1.000
     """
-    names = list(rows[0])
-    cells = [names] + [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    names = column_names(rows)
+    cells = [names] + [[_cell(row, name) for name in names] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    numeric = [any(isinstance(row[name], (float, int)) for row in rows) for name in names]
+    numeric = [any(isinstance(row.get(name), (float, int)) for row in rows) for name in names]
     return "\n".join(
         "  ".join(
             c.rjust(w) if right else c.ljust(w) for c, w, right in zip(line, widths, numeric, strict=True)
         ).rstrip()
         for line in cells
     )
+
+
+def matching_hint(n_components: int, labels: Tensor | None) -> str:
+    """Return what the accuracy says where a mixture has another number of components than there are classes.
+
+    Args:
+        n_components: Number of components.
+        labels: Class of each row, negative where it has none, shape ``(N,)``; None where no row has.
+
+    Example:
+        >>> matching_hint(3, torch.tensor([0, 1, 1]))
+        'The accuracy matches components with classes one to one, 3 with 2: for as many, set gmm.n_components=2.'
+        >>> matching_hint(2, torch.tensor([0, 1, 1]))
+        ''
+    """
+    n_classes = 0 if labels is None else len(labels[labels >= 0].unique())
+    if n_classes in (0, n_components):
+        return ""
+    return (
+        f"The accuracy matches components with classes one to one, {n_components} with {n_classes}: for as many, set "
+        f"gmm.n_components={n_classes}."
+    )
+
+
+def _cell(row: Row, name: str) -> str:
+    """Return the text of a row in a column."""
+    value = row.get(name, "")
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _kmeans(x: Tensor, n_clusters: int, seed: int) -> Tensor:

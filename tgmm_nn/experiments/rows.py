@@ -98,6 +98,9 @@ class RowsDataModule(lightning.LightningDataModule):
         ValueError: If an option is out of range, or needs labels that are not there.
     """
 
+    # What else there is to say of the rows.
+    remark = ""
+
     def __init__(
         self,
         rows: Table,
@@ -163,6 +166,24 @@ class RowsDataModule(lightning.LightningDataModule):
             "n_classes": self.n_classes,
             "targets": None if self.labels is None else "y",
         }
+
+    def description(self) -> str:
+        """Return in a line what was understood of the rows and their labels."""
+        size = f"{len(self.rows)} rows of {self.n_features} features"
+        kind = "no images" if self.image_shape is None else "images of {} x {}".format(*self.image_shape)
+        return "; ".join(filter(None, (f"Rows of {self.rows.source}: {size}, {kind}", self._of_labels(), self.remark)))
+
+    def _of_labels(self) -> str:
+        """Return how many classes there are, and what is odd about their labels."""
+        if self.labels is None:
+            return "no labels"
+        counts = self.labels[self.labels >= 0].bincount()
+        said = f"{len(counts)} classes, labels 0 to {len(counts) - 1}"
+        if empty := (counts == 0).nonzero()[:, 0].tolist():
+            numbers = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
+            said += f", of which no row has {numbers}: numpy.unique(y, return_inverse=True)[1] numbers them from 0"
+        missing = int((self.labels < 0).sum())
+        return f"{said}, {missing} rows without a label" if missing else said
 
     def sample(self, max_rows: int = 20_000) -> tuple[Tensor, Tensor | None]:
         """Return training rows and their labels: all, or as many as ``max_rows``, the same at each call."""

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import csv
+import re
 import shlex
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 
 from tgmm_nn.experiments.drawing import plot_metrics
 from tgmm_nn.experiments.interrupt import InterruptCheckpoint
 from tgmm_nn.experiments.options import read_checkpoint
-from tgmm_nn.experiments.reports import Row, format_table
+from tgmm_nn.experiments.reports import Row, column_names, format_table
 
-__all__ = ["check_launcher", "contents", "discard", "fit", "open_folder", "resume_command", "write_results"]
+__all__ = [
+    "check_launcher",
+    "contents",
+    "discard",
+    "fit",
+    "make_report",
+    "open_folder",
+    "resume_command",
+    "words_of_run",
+    "write_results",
+]
 
 # What lies in a run's folder, a word each; the first pattern that fits counts.
 CONTENTS = (
@@ -48,6 +62,8 @@ CONTENTS = (
 )
 # How the config.yaml of a run begins.
 WRITTEN = "# python "
+# Hydra's own words that say how a sweep is made, or where a run writes.
+OF_SWEEP = ("hydra.mode=", "hydra.sweep", "hydra/sweeper", "hydra.launcher", "hydra/launcher", "hydra.run.dir=")
 # What Hydra and we write before training starts.
 BEFORE_TRAINING = {".hydra", "config.yaml", "hparams.yaml", "multirun.yaml"}
 
@@ -106,7 +122,11 @@ def fit(
     data: lightning.LightningDataModule,
     ckpt_path: str | None,
 ) -> None:
-    """Train; after Ctrl-C say how to resume, and where a checkpoint leaves nothing to train, say so."""
+    """Train; after Ctrl-C say how to resume, and where a checkpoint leaves nothing to train, say so.
+
+    Raises:
+        SystemExit: After Ctrl-C, with code 1.
+    """
     done = None if ckpt_path is None else read_checkpoint(ckpt_path)["global_step"]
     try:
         trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
@@ -116,8 +136,8 @@ def fit(
         if checkpoint is None:
             print(f"\n{where}, before a checkpoint was saved.", file=sys.stderr)
         else:
-            print(f"\n{where}; resume by\n  {resume_command(sys.argv, checkpoint)}", file=sys.stderr)
-        raise
+            print(f"\n{where}; resume by\n  {resume_command(_own_words(), checkpoint)}", file=sys.stderr)
+        raise SystemExit(1) from None
     if model.dtype in (torch.bfloat16, torch.float16):
         model.float()  # for the report: NumPy has no bfloat16
     if done == trainer.global_step:
@@ -125,6 +145,50 @@ def fit(
             f"\nNothing was trained: {ckpt_path} had finished its {trainer.current_epoch} epochs; to go on, raise "
             f"trainer.max_epochs above {trainer.max_epochs}."
         )
+
+
+def make_report(
+    trainer: lightning.Trainer, model: Any, data: lightning.LightningDataModule, folder: Path, seed: int
+) -> list[Row]:
+    """Return the table of a run and write what goes with it; after Ctrl-C say how to make the report again.
+
+    Raises:
+        SystemExit: After Ctrl-C, with code 1.
+    """
+    try:
+        rows: list[Row] = model.report(data, folder, seed)
+        write_results(rows, folder)
+    except KeyboardInterrupt:
+        checkpoint = _latest_checkpoint(trainer)
+        if not isinstance(model, lightning.LightningModule):
+            said = "Interrupted before there was a table."
+        elif checkpoint is None:
+            said = "Interrupted while the report was made; training is finished, but no checkpoint was saved."
+        else:
+            again = resume_command(_own_words(), checkpoint)
+            said = f"Interrupted while the report was made; training is finished. Make the report again by\n  {again}"
+        print(f"\n{said}", file=sys.stderr)
+        raise SystemExit(1) from None
+    return rows
+
+
+def words_of_run(argv: Sequence[str], overrides: Sequence[str], of_hydra: Sequence[str]) -> list[str]:
+    """Return the command line that makes one run of a sweep alone.
+
+    Args:
+        argv: The command line of the sweep.
+        overrides: What the run overrides.
+        of_hydra: What it overrides of Hydra's own options.
+
+    Example:
+        >>> words_of_run(["train.py", "-m", "seed=0,1", "-cd", "mine"], ["seed=1"], ["hydra.mode=MULTIRUN"])
+        ['train.py', '-cd', 'mine', 'seed=1']
+    """
+    flags = [word for word in argv[1:] if word.startswith("-") or not ("=" in word or word.startswith("~"))]
+    flags = [word for word in flags if word not in ("-m", "--multirun")]
+    kept = [word for word in of_hydra if not word.startswith(OF_SWEEP)]
+    single = ["hydra.mode=RUN"] if any(word.startswith("hparams_search=") for word in overrides) else []
+    return [argv[0], *flags, *kept, *overrides, *single]
 
 
 def resume_command(argv: Sequence[str], checkpoint: Path) -> str:
@@ -135,14 +199,13 @@ def resume_command(argv: Sequence[str], checkpoint: Path) -> str:
         'python train.py seed=1 ckpt_path=run/last.ckpt'
     """
     kept = [text for text in argv if not text.startswith(("ckpt_path=", "hydra.run.dir="))]
-    plain = all(letter.isalnum() or letter in "/\\:-_.%@" for letter in str(checkpoint))
-    return _command([*kept, f"ckpt_path={checkpoint}" if plain else f"ckpt_path='{checkpoint}'"])
+    return _command([*kept, f"ckpt_path={_quoted(str(checkpoint))}"])
 
 
 def write_results(rows: list[Row], folder: Path) -> None:
     """Write the table of the end of a run, and the curves."""
     with (folder / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=column_names(rows))
         writer.writeheader()
         writer.writerows(rows)
     if (folder / "metrics.csv").exists():
@@ -165,6 +228,23 @@ def contents(folder: Path) -> str:
 
 def _command(argv: Sequence[str]) -> str:
     return f"python {shlex.join(argv)}"
+
+
+def _quoted(text: str) -> str:
+    """Return a text as Hydra's grammar reads it: quoted unless it is a plain word."""
+    if re.fullmatch(r"[A-Za-z0-9/:_.%@-]+", text):
+        return text
+    # Backslashes are themselves, but in front of a quote, where they are doubled.
+    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text)
+    return f"'{escaped}'"
+
+
+def _own_words() -> Sequence[str]:
+    """Return the command line of this run, alone where it is one of a sweep."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return sys.argv
+    overrides = HydraConfig.get().overrides
+    return words_of_run(sys.argv, list(overrides.task), list(overrides.hydra))
 
 
 def _latest_checkpoint(trainer: lightning.Trainer) -> Path | None:

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import statistics
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from tgmm_nn.checks import check_string
-from tgmm_nn.experiments.reports import Row, format_table
+from tgmm_nn.experiments.reports import Row, column_names, format_table
 from tgmm_nn.experiments.running import discard
 
-__all__ = ["SweepTable", "combine", "read_sweep"]
+__all__ = ["SweepTable", "combine", "planned_runs", "read_sweep"]
+
+
+class _Sweep(NamedTuple):
+    """Where a sweep writes, the key over which means are taken, and the overrides of its runs, as far as known."""
+
+    folder: Path
+    over: str
+    planned: list[dict[str, str]]
 
 
 class SweepTable(Callback):
@@ -32,40 +43,77 @@ class SweepTable(Callback):
     """
 
     # The sweep that runs in this process: Hydra ends a sweep in which a run failed without calling its callbacks.
-    _running: ClassVar[tuple[Path, str] | None] = None
+    _running: ClassVar[_Sweep | None] = None
 
     def __init__(self, over: str = "seed") -> None:
         check_string("over", over)
         self.over = over
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Remember where the sweep writes."""
-        type(self)._running = Path(config.hydra.sweep.dir).absolute(), self.over
+        """Remember where the sweep writes, and which runs it makes.
+
+        Raises:
+            ValueError: If several runs would be resumed from one checkpoint.
+        """
+        planned = planned_runs(config)
+        if config.get("train") and config.get("ckpt_path") is not None and len(planned) != 1:
+            raise ValueError(
+                f"Expected no `ckpt_path` for all runs of a sweep, each of which would go on from it, but got "
+                f"{config.ckpt_path!r}; resume each run by a command of its own, or leave ckpt_path out."
+            )
+        type(self)._running = _Sweep(Path(config.hydra.sweep.dir).absolute(), self.over, planned)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print and write the table."""
         self.end_early()
 
     @classmethod
-    def end_early(cls) -> None:
-        """Print and write the table of the runs that came to their end; remove the folder of a sweep without one."""
+    def end_early(cls, *, interrupted: bool = False) -> None:
+        """Print and write the table of the runs that came to their end; remove the folder of a sweep without one.
+
+        Args:
+            interrupted: Whether the sweep was: which of its runs are left is then said.
+        """
         if cls._running is None:
             return
-        (folder, over), cls._running = cls._running, None
+        (folder, over, planned), cls._running = cls._running, None
         runs = read_sweep(folder)
+        left = _left(planned, [overrides for overrides, rows in runs if rows]) if interrupted else ""
         if not any(rows for _, rows in runs):
             for path in [*folder.glob("*/"), folder]:
                 discard(path)
+            print(left, end="\n" if left else "")
             return
         table = combine(runs, over)
-        names = list(dict.fromkeys(name for row in table for name in row))
         with (folder / "sweep.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, names)
+            writer = csv.DictWriter(file, column_names(table))
             writer.writeheader()
             writer.writerows(table)
         missing = sum(not rows for _, rows in runs)
-        told = f"\n{missing} of {len(runs)} runs came to no end, and are missing above." if missing else ""
-        print(f"\n{format_table(_with_spread(table))}{told}\n\nEverything lies in {folder}\n  sweep.csv  the table")
+        failed = f"{missing} of {len(runs)} runs failed, and are missing above." if missing and not interrupted else ""
+        said = (format_table(_with_spread(table)), left, failed, f"Everything lies in {folder}\n  sweep.csv  the table")
+        print("\n" + "\n\n".join(filter(None, said)))
+
+
+def planned_runs(config: DictConfig) -> list[dict[str, str]]:
+    """Return the overrides of each run that a sweep makes, in their order; none where its sweeper decides on the way.
+
+    Args:
+        config: The config of the sweep, with Hydra's own.
+    """
+    sweeper = config.hydra.sweeper
+    given = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+    if not sweeper._target_.endswith(".BasicSweeper"):
+        return []
+    values: dict[str, list[str]] = {}
+    try:
+        for override in OverridesParser.create().parse_overrides([*given, *config.hydra.overrides.task]):
+            swept = override.is_sweep_override()
+            found = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
+            values[override.get_key_element().lstrip("+")] = list(found)
+    except HydraException:  # a pattern of names, which Hydra alone can look up
+        return []
+    return [dict(zip(values, run, strict=True)) for run in itertools.product(*values.values())]
 
 
 def read_sweep(folder: Path) -> list[tuple[dict[str, str], list[dict[str, str]]]]:
@@ -118,8 +166,8 @@ def combine(runs: Sequence[tuple[dict[str, str], list[dict[str, str]]]], over: s
 def _moments(rows: Sequence[dict[str, str]], marks: Collection[str]) -> Row:
     """Return mean and deviation of each column of numbers, and how many cells of a column of marks are filled."""
     moments: Row = {}
-    for name in [name for name in rows[0] if name != "method"]:
-        cells = [row[name] for row in rows if row.get(name)]
+    for name in [name for name in column_names(rows) if name != "method"]:
+        cells = [cell for row in rows if (cell := row.get(name))]
         if name in marks:
             moments[name] = len(cells)
             continue
@@ -127,6 +175,16 @@ def _moments(rows: Sequence[dict[str, str]], marks: Collection[str]) -> Row:
         moments[name] = statistics.fmean(values) if values else ""
         moments[f"{name}_sd"] = statistics.stdev(values) if len(values) > 1 else ""
     return moments
+
+
+def _left(planned: Sequence[dict[str, str]], finished: Collection[dict[str, str]]) -> str:
+    """Return lines on the runs that have not come to their end."""
+    left = [run for run in planned if run not in finished]
+    if not left:
+        return "The sweep was interrupted."
+    varied = [key for key in planned[0] if len({run[key] for run in planned}) > 1]
+    lines = ["  " + " ".join(f"{key}={run[key]}" for key in varied) for run in left]
+    return "\n".join([f"The sweep was interrupted; {len(left)} of {len(planned)} runs are left:", *lines])
 
 
 def _is_number(cell: str) -> bool:
