@@ -25,8 +25,9 @@ from tgmm_nn.plotting import (
     save,
 )
 from tgmm_nn.plotting.density import NAMES
-from tgmm_nn.plotting.figures import COLORS, LINES, MARKERS, label, mark
+from tgmm_nn.plotting.figures import COLORS, LINES, MARKERS, mark
 from tgmm_nn.plotting.latent import spread
+from tgmm_nn.plotting.places import label
 
 
 def ellipses(ax):

@@ -13,7 +13,8 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 from torch import Tensor
 
 from tgmm_nn import checks
-from tgmm_nn.plotting.figures import SIZE, add_legend, label, mark, new_axes, percent
+from tgmm_nn.plotting.figures import SIZE, add_legend, mark, new_axes, percent
+from tgmm_nn.plotting.places import add_colorbar, has_layout, label
 
 __all__ = ["plot_contingency", "plot_images", "plot_reliability", "plot_scores"]
 
@@ -62,7 +63,7 @@ def plot_contingency(
     ax = ax or new_axes()[0]
     largest = max(int(table.max()), 1)
     image = ax.imshow(table.numpy(), cmap="Greys", vmin=0, vmax=largest, aspect="auto")
-    ax.figure.colorbar(image, ax=ax, label="number of rows")
+    add_colorbar(image, ax, "number of rows")
     _name_ticks(ax.yaxis, "clusters", clusters, table.shape[0])
     _name_ticks(ax.xaxis, "classes", classes, table.shape[1])
     if max(table.shape) <= 15:
@@ -70,7 +71,9 @@ def plot_contingency(
             number = int(table[k, c])
             color = "white" if 2 * number > largest else "black"
             # It stands inside: the layout need not ask for its size.
-            ax.text(c, k, str(number), ha="center", va="center", fontsize=10, color=color).set_in_layout(False)
+            ax.text(
+                c, k, str(number), ha="center", va="center", fontsize=10 if has_layout(ax) else 7, color=color
+            ).set_in_layout(False)
     label(ax, title, xlabel, ylabel)
     return ax
 
@@ -125,8 +128,8 @@ def plot_reliability(
     ax.plot([0, 1], [0, 1], ls="--", color="0.4", label="calibrated")
     ax.plot(confidence.tolist(), accuracy.tolist(), marker="o", color=mark(0).color, label="accuracy of a bin")
     ax.set(xlim=(0, 1), ylim=(0, 1.02))
-    label(ax, f"{title} calibration error {float(error):.3f}".strip(), "confidence", "accuracy")
     add_legend(ax)
+    label(ax, f"{title} calibration error {float(error):.3f}".strip(), "confidence", "accuracy")
     return ax
 
 
@@ -140,8 +143,9 @@ def plot_scores(
 ) -> Axes:
     """Draw a histogram of the scores of each group of rows, and where a threshold lies.
 
-    The largest 2 % of all scores would leave no room for the rest: they are counted in the last bar, which the label of
-    the axis says. With a threshold the legend says which share of each group is above it.
+    Groups are outlines with a style and a hatch of their own, so that they can be told apart where they overlap. The
+    largest 2 % of all scores would leave no room for the rest: they are counted in the last bar, which the legend says.
+    With a threshold it says which share of each group is above it.
 
     Args:
         scores: Finite scores of each group, shape ``(n,)``, by its name.
@@ -170,14 +174,17 @@ def plot_scores(
     bins = torch.linspace(low, high, 41).tolist()
     for number, (name, values) in enumerate(groups.items()):
         above = "" if threshold is None else f": {percent(float((values > threshold).double().mean()))} above"
-        look: dict[str, Any] = {"color": mark(number).color, "hatch": mark(number).hatch, "ec": "white", "lw": 0.3}
-        share = torch.full_like(values, 100 / len(values)).numpy()
-        ax.hist(values.clamp(max=high).numpy(), bins, weights=share, alpha=0.6, label=name + above, **look)
+        color, _, line, hatch = mark(number)
+        heights = torch.histogram(values.clamp(max=high), torch.tensor(bins, dtype=torch.float64)).hist
+        share = (100 / len(values) * heights).tolist()
+        ax.stairs(share, bins, fill=True, fc="none", ec=color, hatch=hatch, lw=0.0)
+        ax.stairs(share, bins, color=color, ls=line, lw=2.0, label=name + above)
     if threshold is not None:
         ax.axvline(threshold, color="black", ls="--", lw=1.8, label=f"threshold {threshold:.4g}")
-    cut = f"\n(the last bar holds all above {bins[-2]:.4g})" if float(everything[-1]) > high else ""
-    label(ax, title, xlabel + cut, "rows of the group, %")
+    if float(everything[-1]) > high:
+        ax.plot([], [], ls="", label=f"the last bar holds\nall above {bins[-2]:.4g}")
     add_legend(ax)
+    label(ax, title, xlabel, "rows of the group, %")
     return ax
 
 
