@@ -108,11 +108,13 @@ def add_legend(
         small: dict[str, Any] = {"fontsize": 7, "markerscale": 0.7, "handlelength": 1.6, "labelspacing": 0.3}
         ax.legend(handles=handles, title=title, title_fontsize=7, loc="best", framealpha=0.7, **small)
         return
+    is_narrow = ax.get_window_extent().width < 4.5 * ax.figure.dpi
+    fitting = 1 if below and is_narrow else columns or (3 if below else -(-len(handles) // 16))
     where: Literal["upper center", "upper left"] = "upper center" if below else "upper left"
     anchor, pad = ((0.5, 0.0), 4.2) if below else ((1.01, 1.0), 0.0)
     ax.legend(
-        handles=handles, title=title, fontsize=10, ncols=columns or (3 if below else -(-len(handles) // 16)),
-        frameon=False, loc=where, bbox_to_anchor=anchor, borderaxespad=pad,
+        handles=handles, title=title, fontsize=8 if is_narrow else 10, ncols=fitting, frameon=False, loc=where,
+        bbox_to_anchor=anchor, borderaxespad=pad,
     )  # fmt: skip
 
 
