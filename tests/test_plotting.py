@@ -25,10 +25,10 @@ from tgmm_nn.plotting import (
     save,
 )
 from tgmm_nn.plotting.density import NAMES
-from tgmm_nn.plotting.figures import COLORS, LINES, MARKERS, MOST_NAMES, mark
+from tgmm_nn.plotting.figures import COLORS, LINES, MARKERS, mark
 from tgmm_nn.plotting.latent import spread
 from tgmm_nn.plotting.marks import component_marks, match_labels, spread_marks
-from tgmm_nn.plotting.places import label
+from tgmm_nn.plotting.places import MOST_NAMES, label
 
 
 def ellipses(ax):

@@ -61,7 +61,8 @@ def box_of(figure, axes):
 
 
 def check(figure, axes):
-    figure.canvas.draw()
+    for _ in range(2):  # as `savefig` does where a figure has a layout
+        figure.canvas.draw()
     boxes = [box_of(figure, ax) for ax in axes]
     for box in boxes:
         assert min(box.x0, box.y0) > -1

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 
 from tgmm_nn import GaussianMixture
 from tgmm_nn.plotting import (
@@ -89,6 +90,7 @@ def test_scores_are_histograms_in_per_cent_with_a_threshold(generator):
     assert bars[0].get_linestyle() != bars[1].get_linestyle()
     assert len({patch.get_hatch() for patch in ax.patches if patch.get_fill()}) == 2
     assert plot_scores(scores, ax=ax) is ax
+    assert legend(plot_scores({"rows": -scores["out"]}, threshold=-1.5))[1] == "threshold −1.5"
 
 
 def test_the_far_tail_is_in_the_last_bar_and_the_legend_says_so():
@@ -184,7 +186,7 @@ def test_weights_are_lines_with_names_at_their_ends(k, generator, tmp_path):
     assert len({(line.get_color(), str(line._unscaled_dash_pattern)) for line in ax.lines[:k]}) == k
     assert [text.get_text() for text in ax.texts] == [f"c{c}  {100 * w:.1f} %" for c, w in enumerate(weights[-1])]
     save(ax, tmp_path / "weights.png")
-    boxes = sorted((text.get_window_extent() for text in ax.texts), key=lambda box: box.y0)
+    boxes = sorted((Text.get_window_extent(text) for text in ax.texts), key=lambda box: box.y0)
     assert all(upper.y0 > lower.y0 + 0.6 * lower.height for lower, upper in itertools.pairwise(boxes))
     assert all(10 <= tick <= 16 for tick in ax.get_xticks())
 

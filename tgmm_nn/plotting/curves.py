@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tgmm_nn import checks
 from tgmm_nn.mixture import GaussianMixture
-from tgmm_nn.plotting.figures import add_legend, count, mark, new_axes
-from tgmm_nn.plotting.places import add_colorbar, has_layout, label
+from tgmm_nn.plotting.figures import count, mark, new_axes, number
+from tgmm_nn.plotting.places import add_colorbar, add_legend, has_layout, label
 from tgmm_nn.plotting.planes import check_fitted
 
 __all__ = ["plot_criterion", "plot_curves", "plot_likelihood", "plot_weights"]
@@ -76,7 +76,7 @@ def plot_curves(
         if start is not None and start > min(everywhere, default=0):
             ax.axvline(start, color="0.4", ls="--", lw=1.2)
         if len(values) == 1:
-            ax.annotate(f"{values[0]:.4g}", (epochs[0], values[0]), (6, 6), textcoords="offset points", fontsize=10)
+            ax.annotate(number(values[0]), (epochs[0], values[0]), (6, 6), textcoords="offset points", fontsize=10)
         ax.set(xlim=_around(epochs if _begins_late(epochs, everywhere) else everywhere))
         ax.grid(alpha=0.3)
         ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
@@ -337,17 +337,17 @@ def _draw_shades(ax: Axes, weights: Tensor, places: Sequence[float]) -> None:
         100 * weights.T.numpy(), cmap="Greys", vmin=100 * (1 / k - farthest), vmax=100 * (1 / k + farthest),
         extent=(places[0] - step / 2, places[-1] + step / 2, k - 0.5, -0.5), aspect="auto", interpolation="nearest",
     )  # fmt: skip
-    for number in range(1, k):
-        ax.axhline(number - 0.5, color="white", lw=0.6)
+    for row in range(1, k):
+        ax.axhline(row - 0.5, color="white", lw=0.6)
     room = k <= 40 and has_layout(ax)
     add_colorbar(image, ax, "weight, %", pad=0.12 if room else 0.02)
     if not room:
         ticks = [tick for tick in MaxNLocator(integer=True).tick_values(0, k - 1) if 0 <= tick < k]
         ax.set_yticks(ticks, [f"c{tick:.0f}" for tick in ticks])
         return
-    ax.set_yticks(range(k), [f"c{number}" for number in range(k)], fontsize=8)
-    for number, weight in enumerate(weights[-1].tolist()):
-        ax.text(1.01, number, f"{100 * weight:.1f} %", transform=ax.get_yaxis_transform(), va="center", fontsize=8)
+    ax.set_yticks(range(k), [f"c{row}" for row in range(k)], fontsize=8)
+    for row, weight in enumerate(weights[-1].tolist()):
+        ax.text(1.01, row, f"{100 * weight:.1f} %", transform=ax.get_yaxis_transform(), va="center", fontsize=8)
 
 
 def _mark_events(

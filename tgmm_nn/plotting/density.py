@@ -14,8 +14,8 @@ from torch import Tensor
 from tgmm_nn import checks
 from tgmm_nn.mixture import GaussianMixture
 from tgmm_nn.outliers import OutlierScore
-from tgmm_nn.plotting.figures import add_legend, count, new_axes
-from tgmm_nn.plotting.places import add_colorbar, has_layout, label
+from tgmm_nn.plotting.figures import count, new_axes, number
+from tgmm_nn.plotting.places import add_colorbar, add_legend, has_layout, is_narrow, label
 from tgmm_nn.plotting.planes import Plane, check_fitted, limits_of, principal_plane, to_rows
 
 __all__ = ["density_levels", "plot_density"]
@@ -163,9 +163,9 @@ def _draw_rows(ax: Axes, points: Tensor, outlying: Tensor, score: OutlierScore |
         outside[:, 0], outside[:, 1], s=size, c=OUTLIER, marker="X", ec="black", linewidths=1.0, zorder=5
     )
     hidden = n_features - 2
-    found = f"{count(len(outside), 'outlier')}: {NAMES[score.score]} > {float(score.threshold):.3g}"
+    found = f"{count(len(outside), 'outlier')}: {NAMES[score.score]} > {number(float(score.threshold), 3)}"
     amid = f"\n(those amid rows are far out in the\n{count(hidden, 'direction')} not drawn)"
-    cross.set_label(found + (amid if hidden > 0 and has_layout(ax) else ""))
+    cross.set_label(found + (amid if hidden > 0 and not is_narrow(ax) else ""))
     return [kept, cross]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -15,7 +15,7 @@ from PIL import Image
 
 from tgmm_nn import checks
 
-__all__ = ["Mark", "add_legend", "animate", "count", "dot", "mark", "new_axes", "save"]
+__all__ = ["Mark", "animate", "count", "dot", "mark", "new_axes", "save"]
 
 # Okabe and Ito, Color universal design, 2008, without the yellow, which is lost on white.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
@@ -23,8 +23,6 @@ MARKERS = "os^DvPX*<>ph"
 LINES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (6, 2, 1, 2)), (0, (1, 1.2)), (0, (3, 1, 1, 1, 1, 1)))
 HATCHES = ("", "///", "...", "xxx", "\\\\\\")
 DPI = 120
-# Of a legend; more are counted.
-MOST_NAMES = 32
 # Of axes with a legend beside them.
 SIZE = (7.5, 5.2)
 
@@ -76,6 +74,16 @@ def percent(share: float) -> str:
     return f"{100 * share:.{int(0 < abs(share) < 0.0095)}f} %"
 
 
+def number(value: float, digits: int = 4) -> str:
+    """Return a number as text with a true minus, as the ticks of axes have it.
+
+    Example:
+        >>> number(-40.612, 3)
+        '−40.6'
+    """
+    return f"{value:.{digits}g}".replace("-", "−")
+
+
 def count(n: int, what: str) -> str:
     """Return a number of things as text.
 
@@ -84,38 +92,6 @@ def count(n: int, what: str) -> str:
         ('1 row', '1,200 rows')
     """
     return f"{n:,} {what}{'s'[: n != 1]}"
-
-
-def add_legend(
-    ax: Axes,
-    handles: Sequence[Any] | None = None,
-    title: str | None = None,
-    *,
-    below: bool = False,
-    columns: int | None = None,
-) -> None:
-    """Explain marks, beside the axes or below and so never over the data; nothing where there is nothing to explain.
-
-    In a figure without a layout, which would leave no room beside the axes, the legend stands inside.
-    """
-    handles = list(ax.get_legend_handles_labels()[0] if handles is None else handles)
-    if not handles:
-        return
-    if len(handles) > MOST_NAMES:
-        more = Line2D([], [], ls="", label=f"and {len(handles) - MOST_NAMES} more")
-        handles = [*handles[:MOST_NAMES], more]
-    if ax.figure.get_layout_engine() is None:
-        small: dict[str, Any] = {"fontsize": 7, "markerscale": 0.7, "handlelength": 1.6, "labelspacing": 0.3}
-        ax.legend(handles=handles, title=title, title_fontsize=7, loc="best", framealpha=0.7, **small)
-        return
-    is_narrow = ax.get_window_extent().width < 4.5 * ax.figure.dpi
-    fitting = 1 if below and is_narrow else columns or (3 if below else -(-len(handles) // 16))
-    where: Literal["upper center", "upper left"] = "upper center" if below else "upper left"
-    anchor, pad = ((0.5, 0.0), 4.2) if below else ((1.01, 1.0), 0.0)
-    ax.legend(
-        handles=handles, title=title, fontsize=8 if is_narrow else 10, ncols=fitting, frameon=False, loc=where,
-        bbox_to_anchor=anchor, borderaxespad=pad,
-    )  # fmt: skip
 
 
 def dot(number: int, name: str) -> Line2D:

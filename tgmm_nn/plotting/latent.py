@@ -14,9 +14,9 @@ from torch import Tensor
 
 from tgmm_nn import checks
 from tgmm_nn.mixture import GaussianMixture
-from tgmm_nn.plotting.figures import SIZE, add_legend, count, dot, mark, new_axes
+from tgmm_nn.plotting.figures import SIZE, count, dot, mark, new_axes
 from tgmm_nn.plotting.marks import component_marks, match_labels, spread_marks
-from tgmm_nn.plotting.places import has_layout, label
+from tgmm_nn.plotting.places import add_legend, has_layout, label
 from tgmm_nn.plotting.planes import EMPTY, Plane, check_fitted, limits_of, principal_plane, to_labels, to_rows
 
 __all__ = ["plot_latent", "plot_samples"]
@@ -82,7 +82,10 @@ def plot_latent(
     if not isinstance(gmm, GaussianMixture):
         raise TypeError(f"Expected `gmm` to be a GaussianMixture, but got {type(gmm).__name__}.")
     n_std = check_radii(n_std)
-    x, ax = to_rows(x, gmm.n_features), ax or new_axes(size=SIZE)[0]
+    x, ax = (
+        to_rows(x, gmm.n_features),
+        ax or new_axes(size=(6.2, 5.6) if labels is None and gmm.n_features > 1 else SIZE)[0],
+    )
     own_colors = labels is None
     components = gmm.predict(x).cpu() if gmm.fitted_ else None
     labels = components if own_colors else to_labels(labels, len(x))

@@ -4,20 +4,62 @@ from __future__ import annotations
 
 import textwrap
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox, BboxTransform
 
-__all__ = ["add_colorbar", "has_layout", "label"]
+__all__ = ["add_colorbar", "add_legend", "has_layout", "is_narrow", "label"]
 
 # Sizes of a legend inside axes, in points: the first that fits.
 LEGEND_SIZES = (7, 6, 5)
+# Of a legend; more are counted.
+MOST_NAMES = 32
+# Width of axes in inches below which they are those of a panel among others.
+NARROW = 4.0
 
 
 def has_layout(ax: Axes) -> bool:
     """Return whether the figure makes room for what stands beside axes."""
     return ax.figure.get_layout_engine() is not None
+
+
+def is_narrow(ax: Axes) -> bool:
+    """Return whether axes are those of a panel among others, and names and legends have to be short."""
+    return _size(ax)[0] < NARROW
+
+
+def add_legend(
+    ax: Axes,
+    handles: Sequence[Any] | None = None,
+    title: str | None = None,
+    *,
+    below: bool = False,
+    columns: int | None = None,
+) -> None:
+    """Explain marks, beside the axes or below and so never over the data; nothing where there is nothing to explain.
+
+    In a figure without a layout, which would leave no room beside the axes, the legend stands inside.
+    """
+    handles = list(ax.get_legend_handles_labels()[0] if handles is None else handles)
+    if not handles:
+        return
+    if len(handles) > MOST_NAMES:
+        more = Line2D([], [], ls="", label=f"and {len(handles) - MOST_NAMES} more")
+        handles = [*handles[:MOST_NAMES], more]
+    if not has_layout(ax):
+        small: dict[str, Any] = {"fontsize": 7, "markerscale": 0.7, "handlelength": 1.6, "labelspacing": 0.3}
+        ax.legend(handles=handles, title=title, title_fontsize=7, loc="best", framealpha=0.7, **small)
+        return
+    fitting = 1 if below and is_narrow(ax) else columns or (3 if below else -(-len(handles) // 16))
+    where: Literal["upper center", "upper left"] = "upper center" if below else "upper left"
+    anchor, pad = ((0.5, 0.0), 4.2) if below else ((1.01, 1.0), 0.0)
+    ax.legend(
+        handles=handles, title=title, fontsize=8 if is_narrow(ax) else 10, ncols=fitting, frameon=False, loc=where,
+        bbox_to_anchor=anchor, borderaxespad=pad,
+    )  # fmt: skip
 
 
 def add_colorbar(image: Any, ax: Axes, text: str, **options: Any) -> None:
@@ -38,7 +80,8 @@ def label(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
         UserWarning: If no legend fits, and so none is drawn.
     """
     if has_layout(ax) or ax.get_subplotspec() is None:
-        _write(ax, title, xlabel, ylabel)
+        wide, high = _size(ax)
+        _write(ax, title, _filled(xlabel, wide, ax), _filled(ylabel, high, ax))
         return
     _small(ax)
     for _ in range(4):
@@ -66,7 +109,7 @@ def _size(ax: Axes) -> tuple[float, float]:
 
 def _filled(text: str, inches: float, ax: Axes) -> str:
     """Return the name of an axis in lines as long as the axis, without what is in brackets where that is too long."""
-    letters = max(12, int(72 * inches / (0.56 * float(ax.xaxis.label.get_fontsize()))))
+    letters = max(12, int(1.15 * 72 * inches / (0.5 * float(ax.xaxis.label.get_fontsize()))))
     text = text.split(" (", maxsplit=1)[0] if len(text) > letters else text
     return "\n".join(textwrap.fill(line, letters) for line in text.split("\n"))
 

@@ -13,8 +13,8 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 from torch import Tensor
 
 from tgmm_nn import checks
-from tgmm_nn.plotting.figures import SIZE, add_legend, mark, new_axes, percent
-from tgmm_nn.plotting.places import add_colorbar, has_layout, label
+from tgmm_nn.plotting.figures import SIZE, mark, new_axes, number, percent
+from tgmm_nn.plotting.places import add_colorbar, add_legend, has_layout, label
 
 __all__ = ["plot_contingency", "plot_images", "plot_reliability", "plot_scores"]
 
@@ -68,11 +68,11 @@ def plot_contingency(
     _name_ticks(ax.xaxis, "classes", classes, table.shape[1])
     if max(table.shape) <= 15:
         for k, c in torch.ones_like(table).nonzero().tolist():
-            number = int(table[k, c])
-            color = "white" if 2 * number > largest else "black"
+            rows = int(table[k, c])
+            color = "white" if 2 * rows > largest else "black"
             # It stands inside: the layout need not ask for its size.
             ax.text(
-                c, k, str(number), ha="center", va="center", fontsize=10 if has_layout(ax) else 7, color=color
+                c, k, str(rows), ha="center", va="center", fontsize=10 if has_layout(ax) else 7, color=color
             ).set_in_layout(False)
     label(ax, title, xlabel, ylabel)
     return ax
@@ -172,17 +172,17 @@ def plot_scores(
     low, high = float(everything[0]), float(everything[int(0.98 * (len(everything) - 1))])
     high = max(high, low + 1e-6 * max(1.0, abs(low)))
     bins = torch.linspace(low, high, 41).tolist()
-    for number, (name, values) in enumerate(groups.items()):
+    for place, (name, values) in enumerate(groups.items()):
         above = "" if threshold is None else f": {percent(float((values > threshold).double().mean()))} above"
-        color, _, line, hatch = mark(number)
+        color, _, line, hatch = mark(place)
         heights = torch.histogram(values.clamp(max=high), torch.tensor(bins, dtype=torch.float64)).hist
         share = (100 / len(values) * heights).tolist()
         ax.stairs(share, bins, fill=True, fc="none", ec=color, hatch=hatch, lw=0.0)
         ax.stairs(share, bins, color=color, ls=line, lw=2.0, label=name + above)
     if threshold is not None:
-        ax.axvline(threshold, color="black", ls="--", lw=1.8, label=f"threshold {threshold:.4g}")
+        ax.axvline(threshold, color="black", ls="--", lw=1.8, label=f"threshold {number(threshold)}")
     if float(everything[-1]) > high:
-        ax.plot([], [], ls="", label=f"the last bar holds\nall above {bins[-2]:.4g}")
+        ax.plot([], [], ls="", label=f"the last bar holds\nall above {number(bins[-2])}")
     add_legend(ax)
     label(ax, title, xlabel, "rows of the group, %")
     return ax
