@@ -354,6 +354,8 @@ def test_more_classes_than_a_legend_has_room_for_are_counted(generator):
     texts = plot_latent(GaussianMixture(2, 2), x, torch.arange(80) % 40).get_legend().get_texts()
     assert len(texts) == MOST_NAMES + 1
     assert texts[-1].get_text() == "and 8 more"
+    few, many = (plot_latent(GaussianMixture(2, 2), x, torch.arange(80) % n).figure for n in (4, 40))
+    assert many.get_size_inches()[0] > few.get_size_inches()[0] + 2
 
 
 def test_samples_share_plane_and_limits_with_rows_and_leave_the_stream(gmm, generator):

@@ -26,6 +26,7 @@ from tgmm_nn.plotting import (
     save,
 )
 from tgmm_nn.plotting.figures import count
+from tgmm_nn.plotting.latent import legend_room
 
 __all__ = [
     "draw_components",
@@ -52,7 +53,7 @@ def draw_latent(
 ) -> None:
     """Write ``latent.png``: embeddings by component and, where there are labels, by class, in one plane."""
     plane = principal_plane(z)
-    axes = new_axes(1, 1 if y is None else 2, size=(6.6, 5.2))
+    axes = new_axes(1, 1 if y is None else 2, size=(6.6 + legend_room(y) / 2, 5.2))
     plot_latent(gmm, z, plane=plane, ax=axes[0])
     if y is not None:
         plot_latent(gmm, z, y, n_std=(1.0,), names=names, plane=plane, ax=axes[1])  # the left one has both

@@ -16,7 +16,7 @@ from tgmm_nn import checks
 from tgmm_nn.mixture import GaussianMixture
 from tgmm_nn.plotting.figures import SIZE, count, dot, mark, new_axes
 from tgmm_nn.plotting.marks import component_marks, match_labels, spread_marks
-from tgmm_nn.plotting.places import add_legend, has_layout, label
+from tgmm_nn.plotting.places import MOST_NAMES, add_legend, has_layout, label
 from tgmm_nn.plotting.planes import EMPTY, Plane, check_fitted, limits_of, principal_plane, to_labels, to_rows
 
 __all__ = ["plot_latent", "plot_samples"]
@@ -82,13 +82,11 @@ def plot_latent(
     if not isinstance(gmm, GaussianMixture):
         raise TypeError(f"Expected `gmm` to be a GaussianMixture, but got {type(gmm).__name__}.")
     n_std = check_radii(n_std)
-    x, ax = (
-        to_rows(x, gmm.n_features),
-        ax or new_axes(size=(6.2, 5.6) if labels is None and gmm.n_features > 1 else SIZE)[0],
-    )
-    own_colors = labels is None
+    x, own_colors = to_rows(x, gmm.n_features), labels is None
     components = gmm.predict(x).cpu() if gmm.fitted_ else None
     labels = components if own_colors else to_labels(labels, len(x))
+    if ax is None:
+        ax = new_axes(size=(6.2, 5.6) if own_colors and gmm.n_features > 1 else (SIZE[0] + legend_room(labels), 5.2))[0]
     plane = plane or principal_plane(x)
     flat = plane.project_mixture(gmm) if gmm.fitted_ else None
     points = plane.project(x)
@@ -175,6 +173,11 @@ def plot_samples(
     names = {k: f"component c{k}" for k in range(gmm.n_components)}
     plot_latent(gmm, samples, own, names=names, title=title, ax=axes[1], **shown)
     return axes
+
+
+def legend_room(labels: Any) -> float:
+    """Return the inches that further columns of a legend of labels take, beyond its first."""
+    return 0.0 if labels is None else 1.3 * ((min(len(set(labels.tolist())), MOST_NAMES + 1) - 1) // 16)
 
 
 def check_radii(n_std: Any) -> tuple[float, ...]:

@@ -163,7 +163,7 @@ def plot_scores(
 
     Example:
         >>> ax = plot_scores({"in": [1.0, 2.0, 3.0], "out": [6.0, 9.0]}, threshold=5.0, xlabel="distance")
-        >>> print([text.get_text() for text in ax.get_legend().get_texts()])
+        >>> print([text.get_text() for text in ax.get_legend().get_texts()[:3]])
         ['in: 0 % above', 'out: 100 % above', 'threshold 5']
     """
     groups = _groups(scores)
