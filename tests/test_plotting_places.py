@@ -117,3 +117,15 @@ def test_axes_that_stand_where_the_caller_put_them_stay_there(figures):
     ax = figure.add_axes((0.3, 0.3, 0.4, 0.4))
     PICTURES["criterion"](ax)
     assert ax.get_position().bounds == pytest.approx((0.3, 0.3, 0.4, 0.4))
+
+
+def test_a_single_picture_keeps_its_letters_and_a_panel_in_a_part_of_a_figure_has_small_ones(figures):
+    _, ax = figures.subplots(layout="none")
+    size = ax.title.get_fontsize()
+    PICTURES["criterion"](ax)
+    assert ax.title.get_fontsize() == size
+    figure = figures.figure()
+    parts = figure.subfigures(1, 2)
+    panels = [PICTURES["classes"](part.subplots()) for part in parts]
+    assert panels[0].title.get_fontsize() < size
+    check(figure, panels)

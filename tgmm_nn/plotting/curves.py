@@ -15,7 +15,7 @@ from torch import Tensor
 from tgmm_nn import checks
 from tgmm_nn.mixture import GaussianMixture
 from tgmm_nn.plotting.figures import count, mark, new_axes, number
-from tgmm_nn.plotting.places import add_colorbar, add_legend, has_layout, label
+from tgmm_nn.plotting.places import add_colorbar, add_legend, has_layout, is_small, label
 from tgmm_nn.plotting.planes import check_fitted
 
 __all__ = ["plot_criterion", "plot_curves", "plot_likelihood", "plot_weights"]
@@ -140,7 +140,7 @@ def plot_weights(
         numbers = _counts(name, counts, weights)
         _mark_events(ax, numbers, weights if as_lines else None, places, marker, color, text)
         happened += int(numbers.sum())
-    ticks = MaxNLocator(8 if has_layout(ax) else 4, integer=True).tick_values(places[0], places[-1])
+    ticks = MaxNLocator(4 if is_small(ax) else 8, integer=True).tick_values(places[0], places[-1])
     ax.set_xticks([tick for tick in ticks if places[0] <= tick <= places[-1]] if len(places) > 1 else places)
     add_legend(ax, below=True)
     nothing = "" if happened or births is None or deaths is None else "; none died or was born"
@@ -302,10 +302,10 @@ def _draw_lines(ax: Axes, weights: Tensor, places: Sequence[float]) -> None:
     middle, half = (lowest + highest) / 2, max((highest - lowest) / 2, 5 / k) * 1.15
     ax.set_ylim(max(middle - half, -0.05 * highest), middle + half)
     left, right = _around(places)
-    end = right + (0.24 if has_layout(ax) else 0.4) * (right - left)
+    end = right + (0.4 if is_small(ax) else 0.3) * (right - left)
     ax.set_xlim(left, end)
     ax.grid(alpha=0.3)
-    small = 10 if has_layout(ax) else 6
+    small = 6 if is_small(ax) else 10
     heights = _apart(shares[-1], *ax.get_ylim())
     for component, (height, value) in enumerate(zip(heights, shares[-1].tolist(), strict=True)):
         color = mark(component).color
@@ -366,6 +366,6 @@ def _mark_events(
         at = [places[i] for i in when.tolist()]
         halo = [withStroke(linewidth=3.0, foreground="white")]  # a mark is seen on dark and on light shades
         ax.scatter(
-            at, heights.tolist(), marker=marker, c=color, s=70 if has_layout(ax) else 30, ec="black", linewidths=0.8,
+            at, heights.tolist(), marker=marker, c=color, s=30 if is_small(ax) else 70, ec="black", linewidths=0.8,
             label=text, zorder=4, path_effects=halo,
         )  # fmt: skip

@@ -15,7 +15,7 @@ from tgmm_nn import checks
 from tgmm_nn.mixture import GaussianMixture
 from tgmm_nn.outliers import OutlierScore
 from tgmm_nn.plotting.figures import count, new_axes, number
-from tgmm_nn.plotting.places import add_colorbar, add_legend, has_layout, is_narrow, label
+from tgmm_nn.plotting.places import add_colorbar, add_legend, is_narrow, is_small, label
 from tgmm_nn.plotting.planes import Plane, check_fitted, limits_of, principal_plane, to_rows
 
 __all__ = ["density_levels", "plot_density"]
@@ -158,7 +158,7 @@ def _draw_rows(ax: Axes, points: Tensor, outlying: Tensor, score: OutlierScore |
     if score is None:
         return [kept]
     kept.set_label(f"{count(len(inside), 'row')}, no outliers")
-    size = 70 if has_layout(ax) else 30
+    size = 30 if is_small(ax) else 70
     cross = ax.scatter(
         outside[:, 0], outside[:, 1], s=size, c=OUTLIER, marker="X", ec="black", linewidths=1.0, zorder=5
     )

@@ -16,7 +16,7 @@ from tgmm_nn import checks
 from tgmm_nn.mixture import GaussianMixture
 from tgmm_nn.plotting.figures import SIZE, count, dot, mark, new_axes
 from tgmm_nn.plotting.marks import component_marks, match_labels, spread_marks
-from tgmm_nn.plotting.places import MOST_NAMES, add_legend, has_layout, label
+from tgmm_nn.plotting.places import MOST_NAMES, add_legend, is_small, label
 from tgmm_nn.plotting.planes import EMPTY, Plane, check_fitted, limits_of, principal_plane, to_labels, to_rows
 
 __all__ = ["plot_latent", "plot_samples"]
@@ -223,7 +223,7 @@ def name_components(ax: Axes, flat: GaussianMixture, anchors: Tensor, gap: tuple
             ax.plot(*anchor, marker="o", ms=4, color="black", mec="white", mew=0.8, zorder=5)
         ax.annotate(
             text, anchor, place, ha="center", va="center", weight="bold", bbox=box, zorder=6,
-            fontsize=11 if has_layout(ax) else 7, color="0.45" if empty[k] else "black",
+            fontsize=7 if is_small(ax) else 11, color="0.45" if empty[k] else "black",
             arrowprops=thread if moved else None,
         )  # fmt: skip
 

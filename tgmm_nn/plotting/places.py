@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox, BboxTransform
 
-__all__ = ["add_colorbar", "add_legend", "has_layout", "is_narrow", "label"]
+__all__ = ["add_colorbar", "add_legend", "has_layout", "is_narrow", "is_small", "label"]
 
 # Sizes of a legend inside axes, in points: the first that fits.
-LEGEND_SIZES = (7, 6, 5)
+LEGEND_SIZES = (9, 8, 7, 6, 5)
 # Of a legend; more are counted.
 MOST_NAMES = 32
 # Width of axes in inches below which they are those of a panel among others.
@@ -29,6 +29,11 @@ def has_layout(ax: Axes) -> bool:
 def is_narrow(ax: Axes) -> bool:
     """Return whether axes are those of a panel among others, and names and legends have to be short."""
     return _size(ax)[0] < NARROW
+
+
+def is_small(ax: Axes) -> bool:
+    """Return whether all that belongs to axes has to stand in a narrow place."""
+    return is_narrow(ax) and not has_layout(ax)
 
 
 def add_legend(
@@ -50,8 +55,9 @@ def add_legend(
         more = Line2D([], [], ls="", label=f"and {len(handles) - MOST_NAMES} more")
         handles = [*handles[:MOST_NAMES], more]
     if not has_layout(ax):
-        small: dict[str, Any] = {"fontsize": 7, "markerscale": 0.7, "handlelength": 1.6, "labelspacing": 0.3}
-        ax.legend(handles=handles, title=title, title_fontsize=7, loc="best", framealpha=0.7, **small)
+        size = 7 if is_small(ax) else 9
+        small: dict[str, Any] = {"markerscale": 0.1 * size, "handlelength": 1.6, "labelspacing": 0.3}
+        ax.legend(handles=handles, title=title, title_fontsize=size, fontsize=size, loc="best", framealpha=0.7, **small)
         return
     fitting = 1 if below and is_narrow(ax) else columns or (3 if below else -(-len(handles) // 16))
     where: Literal["upper center", "upper left"] = "upper center" if below else "upper left"
@@ -65,7 +71,7 @@ def add_legend(
 def add_colorbar(image: Any, ax: Axes, text: str, **options: Any) -> None:
     """Explain shades by a bar beside the axes; `label` then makes room for it."""
     bar = ax.figure.colorbar(image, ax=ax, **options)
-    size = 10 if has_layout(ax) else 8
+    size = 8 if is_small(ax) else 10
     bar.set_label(text, fontsize=size)
     bar.ax.tick_params(labelsize=size)
 
@@ -83,7 +89,8 @@ def label(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
         wide, high = _size(ax)
         _write(ax, title, _filled(xlabel, wide, ax), _filled(ylabel, high, ax))
         return
-    _small(ax)
+    if is_small(ax):
+        _small(ax)
     for _ in range(4):
         wide, high = _size(ax)
         _write(ax, title, _filled(xlabel, wide, ax), _filled(ylabel, high, ax))
@@ -162,7 +169,7 @@ def _fit_legend(ax: Axes) -> None:
     if legend is None:
         return
     axes = ax.get_window_extent()
-    for size in LEGEND_SIZES:
+    for size in LEGEND_SIZES[2:] if is_small(ax) else LEGEND_SIZES:
         for text in (*legend.get_texts(), legend.get_title()):
             text.set_fontsize(size)
         seen = legend.get_window_extent()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tgmm_nn import checks
 from tgmm_nn.plotting.figures import SIZE, mark, new_axes, number, percent
-from tgmm_nn.plotting.places import add_colorbar, add_legend, has_layout, label
+from tgmm_nn.plotting.places import add_colorbar, add_legend, is_small, label
 
 __all__ = ["plot_contingency", "plot_images", "plot_reliability", "plot_scores"]
 
@@ -72,7 +72,7 @@ def plot_contingency(
             color = "white" if 2 * rows > largest else "black"
             # It stands inside: the layout need not ask for its size.
             ax.text(
-                c, k, str(rows), ha="center", va="center", fontsize=10 if has_layout(ax) else 7, color=color
+                c, k, str(rows), ha="center", va="center", fontsize=7 if is_small(ax) else 10, color=color
             ).set_in_layout(False)
     label(ax, title, xlabel, ylabel)
     return ax
