@@ -19,6 +19,7 @@ from tgmm_nn.plotting import (
     principal_plane,
     save,
 )
+from tgmm_nn.plotting.marks import component_marks
 
 
 def clusters(n: int) -> torch.Tensor:
@@ -57,8 +58,9 @@ def draw_run(run: Path, file: Path) -> None:
     limits = limits_of(points, plane.project_mixture(chosen[-1][0]), 2.0)
     axes = new_axes(1, 3, size=(4.6, 4.9))
     what = ("before EM", "EM has begun", "the end of training")
+    marks = component_marks(plane.project_mixture(chosen[-1][0]).means_)
     for ax, (gmm, rows, epoch), text in zip(axes, chosen, what, strict=True):
-        plot_latent(gmm, rows, n_std=(2.0,), plane=plane, limits=limits, ax=ax)
+        plot_latent(gmm, rows, n_std=(2.0,), marks=marks, plane=plane, limits=limits, ax=ax)
         ax.set(title=f"Epoch {epoch}: {text}", xlabel="", ylabel="", xticks=[], yticks=[])
     title = "Embeddings of handwritten digits, learned without labels, and the mixture that EM carries along"
     axes[0].figure.suptitle(title, fontsize=15)

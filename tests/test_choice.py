@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from tgmm_nn import GaussianMixture
+from tgmm_nn.experiments import choice as choosing
 from tgmm_nn.experiments.choice import ComponentChoice, Trial
+from tgmm_nn.plotting import save
 
 
 @pytest.fixture
@@ -76,7 +78,18 @@ def test_of_several_seeds_the_smallest_counts_or_of_held_out_rows_the_mean(crite
     assert (best.n_components, best.value) == (size, value)
 
 
-def test_a_report_writes_every_fit_draws_a_panel_for_each_family_and_marks_the_best(blobs, tmp_path, capsys):
+def test_a_report_writes_every_fit_draws_a_panel_for_each_family_and_marks_the_best(
+    blobs, tmp_path, capsys, monkeypatch
+):
+    drawn = []
+
+    def keep(ax, file):
+        for panel in ax.figure.axes:
+            stars = sum(line.get_marker() == "*" for line in panel.lines)
+            drawn.append((panel.get_title().split("\n")[0], stars))
+        save(ax, file)
+
+    monkeypatch.setattr(choosing, "save", keep)
     wide = torch.cat([blobs, 0.01 * torch.randn(400, 5)], -1)  # what principal components drop
     data = SimpleNamespace(sample=lambda max_rows: (wide, None))
     choice = make(families=["full", "spherical"], n_seeds=1, n_principal=3)
@@ -94,6 +107,7 @@ def test_a_report_writes_every_fit_draws_a_panel_for_each_family_and_marks_the_b
     assert min(table, key=lambda row: float(row["bic"]))["family"] == "spherical"
     assert {row["converged"] for row in table} == {"1"}
     assert (tmp_path / "criterion.png").stat().st_size > 5000
+    assert drawn == [("full", 0), ("spherical, chosen", 1)]
     assert "Chosen by BIC on 400 rows of 3 features: 4 components, spherical." in capsys.readouterr().out
 
 

@@ -56,9 +56,19 @@ def test_components_are_ordered_by_their_most_frequent_class(drawn, tmp_path):
     y = torch.tensor([1, 1, 0, 0, 0, 1])
     draw_contingency(clusters, y, 3, tmp_path)
     ax = drawn["contingency.png"][0]
-    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["1", "0", "2"]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["c1", "c0", "c2"]
     assert ax.images[0].get_array().tolist() == [[2, 0], [1, 2], [0, 1]]
     assert " ".join(ax.get_title().split()) == "Of 6 rows 5 are of their component's most frequent class"
+
+
+def test_only_classes_that_occur_have_a_column_and_each_component_has_a_row(drawn, tmp_path):
+    draw_contingency(torch.tensor([0, 0, 1, 1, 1]), torch.tensor([0, 50, 100, 150, -1]), 3, tmp_path)
+    ax = drawn["contingency.png"][0]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0", "50", "100", "150"]
+    assert ax.images[0].get_array().shape == (3, 4)
+    draw_contingency(torch.tensor([0]), torch.tensor([4]), 1, tmp_path)
+    title = drawn["contingency.png"][0].get_title()
+    assert " ".join(title.split()) == "Of 1 row 1 is of their component's most frequent class"
 
 
 @pytest.mark.parametrize("n", [0, 5])
@@ -91,7 +101,7 @@ def test_components_of_a_mixture_that_never_started_are_marked(started, gmm, dra
     gmm = gmm if started else GaussianMixture(3, 4)
     draw_components(gmm, torch.rand(3, 64), (8, 8), tmp_path, "Mean image")
     axes = drawn["components.png"]
-    assert axes[0].get_title() == f"component 0\n{100 * gmm.weights_[0]:.1f} %"
+    assert axes[0].get_title() == f"c0\n{100 * gmm.weights_[0]:.1f} %"
     assert ("mixture not started" in axes[0].figure.get_suptitle()) != started
 
 
@@ -107,7 +117,7 @@ def test_samples_are_decoded_a_row_for_each_component(gmm, drawn, tmp_path):
     z = torch.randn(20, 4)
     draw_samples(gmm, z, tmp_path, 0, (2, 2), torch.sigmoid)
     axes = drawn["samples.png"]
-    assert [ax.get_title() for ax in axes if ax.get_title()] == ["component 0", "component 1", "component 2"]
+    assert [ax.get_title() for ax in axes if ax.get_title()] == ["c0", "c1", "c2"]
     samples = gmm.sample(8, component=2, generator=_after(gmm, 2))[0].sigmoid().reshape(8, 2, 2)
     row = np.asarray(axes[2].images[0].get_array().filled(np.nan))
     assert row.shape == (2, 8 * 3 - 1)  # eight of two columns, and a column of nothing between them

@@ -9,9 +9,9 @@ from PIL import Image
 from toy import QUIET, Toy, loader, rows, trainer
 
 from tgmm_nn.lightning import EMCallback, LatentPlotCallback, WeightHistoryCallback
-from tgmm_nn.lightning.pictures import read_frame
+from tgmm_nn.lightning.pictures import _of_the_last, read_frame
 from tgmm_nn.lightning.weights import read_weights
-from tgmm_nn.plotting import save
+from tgmm_nn.plotting import principal_plane, save
 
 pytestmark = QUIET
 
@@ -54,9 +54,16 @@ def test_all_pictures_of_an_animation_have_one_plane_and_one_frame(tmp_path, mon
     during, again = pictures[:2], [*pictures[3:], pictures[2]]
     assert number == len(again) == 3
     assert len({(ax.get_xlim(), ax.get_ylim(), ax.get_xlabel()) for ax in again}) == 1
+    assert len({tuple(ellipse.get_edgecolor() for ellipse in ax.patches) for ax in again}) == 1
     assert len({ax.get_xlim() for ax in during}) == 2  # each in limits of its own while training goes on
     assert [ax.get_title().split("\n")[0] for ax in during] == ["Epoch 0", "Epoch 1"]  # the last is drawn at the end
     assert [ax.get_title().split("\n")[0] for ax in again] == ["Epoch 0", "Epoch 1", "Epoch 2"]
+
+
+def test_names_of_a_common_plane_are_true_of_every_epoch(generator):
+    wide = _of_the_last(principal_plane(torch.randn(9, 4, generator=generator)))
+    assert wide.names == ("first principal direction of the last epoch", "second principal direction of the last epoch")
+    assert _of_the_last(principal_plane(torch.randn(9, 2, generator=generator))).names == ("feature 0", "feature 1")
 
 
 def test_an_animation_is_laid_out_once_and_its_axes_stay_where_they_are(tmp_path, monkeypatch):
@@ -159,8 +166,8 @@ def test_weights_of_each_epoch_are_written_from_the_start_on(tmp_path):
     history = Weigh(folder=str(tmp_path))
     trainer(EMCallback(start_epoch=2), history, max_epochs=5).fit(Toy(), loader())
     epochs, weights, births, deaths = read_weights(tmp_path / "weights.csv")
-    assert epochs == [2, 3, 4]
-    torch.testing.assert_close(weights, torch.stack(history.seen), rtol=1e-4, atol=1e-5)
+    assert epochs == [3, 4]  # the whole epoch 2 is rows to start from
+    torch.testing.assert_close(weights, torch.stack(history.seen[1:]), rtol=1e-4, atol=1e-5)
     assert (births == 0).all()
     assert (deaths == 0).all()
     assert (tmp_path / "weights.png").stat().st_size > 1000
@@ -211,9 +218,9 @@ def test_a_resumed_training_goes_on_from_the_weights_before_it(elsewhere, tmp_pa
         with (tmp_path / "a" / "weights.csv").open("a") as file:  # an epoch after the checkpoint, then a crash
             file.write("3,0,1.0,0,0\n")
     epochs, weights, _, _ = fit(tmp_path / ("b" if elsewhere else "a"), 5, tmp_path / "last.ckpt")
-    assert epochs == [0, 1, 2, 3, 4]
-    torch.testing.assert_close(weights[:3], first[1])
-    torch.testing.assert_close(weights.sum(-1), torch.ones(5), rtol=1e-4, atol=1e-4)
+    assert epochs == [1, 2, 3, 4]
+    torch.testing.assert_close(weights[:2], first[1])
+    torch.testing.assert_close(weights.sum(-1), torch.ones(4), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:EM does not run")
@@ -250,6 +257,18 @@ def test_a_module_that_is_no_mixture_is_refused(make):
 
 
 # ------------------------------------------------------------------------------------------------------------- curves
+
+
+def test_weights_begin_in_the_epoch_that_the_curves_mark(tmp_path):
+    started = []
+
+    class Watch(WeightHistoryCallback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            super().on_train_epoch_end(trainer, pl_module)
+            started.append(int(trainer.callback_metrics["em/started"]))
+
+    trainer(EMCallback(start_epoch=1), Watch(folder=str(tmp_path)), max_epochs=4, logger=False).fit(Toy(), loader())
+    assert read_weights(tmp_path / "weights.csv")[0] == [epoch for epoch, value in enumerate(started) if value]
 
 
 def test_it_is_logged_from_when_on_the_likelihood_is_of_a_started_mixture():

@@ -25,8 +25,10 @@ from tgmm_nn.plotting import (
     save,
 )
 from tgmm_nn.plotting.density import NAMES
-from tgmm_nn.plotting.figures import COLORS, LINES, MARKERS, label, mark
+from tgmm_nn.plotting.figures import COLORS, LINES, MARKERS, mark
 from tgmm_nn.plotting.latent import spread
+from tgmm_nn.plotting.marks import component_marks, match_labels, spread_marks
+from tgmm_nn.plotting.places import MOST_NAMES, label
 
 
 def ellipses(ax):
@@ -35,6 +37,10 @@ def ellipses(ax):
 
 def numbers(ax):
     return {text.get_text(): text for text in ax.texts}
+
+
+def legend(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
 
 
 def blobs(k, d, generator, n=300):
@@ -173,9 +179,7 @@ def test_a_mixture_that_is_not_fitted_shows_no_ellipses_and_says_so(generator):
 def test_titles_say_what_is_drawn(generator):
     x, wide = torch.randn(40, 2, generator=generator), (30.0, 5.0)
     gmm = GaussianMixture(2, 2).initialize(x)
-    assert plot_latent(gmm, x, ax=new_axes(size=wide)[0]).get_title() == (
-        "Rows by most probable component; ellipses at 1 and 2 sd"
-    )
+    assert plot_latent(gmm, x, ax=new_axes(size=wide)[0]).get_title() == ("Rows by component; ellipses at 1 and 2 sd")
     by_class = plot_latent(gmm, x, torch.arange(40) % 2, n_std=[2.0], ax=new_axes(size=wide)[0])
     assert by_class.get_title() == "Rows by class; ellipses of components at 2 sd"
     line = plot_latent(GaussianMixture(2, 1).initialize(x[:, :1]), x[:, :1], ax=new_axes(size=wide)[0])
@@ -190,7 +194,7 @@ def test_numbers_of_components_do_not_overlap(k, generator, tmp_path):
     gmm = GaussianMixture(k, 4).set_parameters(torch.full((k,), 1 / k), means, torch.eye(4).expand(k, 4, 4))
     ax = plot_latent(gmm, gmm.sample(200)[0])
     save(ax, tmp_path / "latent.png")  # lays out the figure
-    texts = [numbers(ax)[str(number)] for number in range(k)]
+    texts = [numbers(ax)[f"c{number}"] for number in range(k)]
     boxes = [text.get_window_extent() for text in texts]
     centres = [((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2) for box in boxes]
     for i, a in enumerate(centres):
@@ -202,8 +206,8 @@ def test_numbers_of_components_do_not_overlap(k, generator, tmp_path):
 def test_numbers_with_room_stand_at_their_means(generator):
     gmm = GaussianMixture(2, 2).set_parameters([0.5, 0.5], [[0.0, 0.0], [9.0, 9.0]], torch.eye(2).expand(2, 2, 2))
     texts = numbers(plot_latent(gmm, gmm.sample(100)[0]))
-    np.testing.assert_allclose([texts["0"].get_position(), texts["1"].get_position()], gmm.means_, atol=1e-6)
-    assert texts["0"].arrow_patch is None
+    np.testing.assert_allclose([texts["c0"].get_position(), texts["c1"].get_position()], gmm.means_, atol=1e-6)
+    assert texts["c0"].arrow_patch is None
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 30])
@@ -262,7 +266,7 @@ def test_an_empty_component_is_dotted_grey_and_named():
     covariances = torch.stack([torch.eye(2), torch.eye(2), 1e6 * torch.eye(2)])
     gmm = GaussianMixture(3, 2).set_parameters([0.5, 0.5, 0.0], [[0.0, 0.0], [9.0, 0.0], [4.0, 4.0]], covariances)
     ax = plot_latent(gmm, gmm.sample(100)[0], n_std=[2.0])
-    assert set(numbers(ax)) == {"0", "1", "2 (empty)"}
+    assert set(numbers(ax)) == {"c0", "c1", "c2 (empty)"}
     assert [ellipse.get_linestyle() for ellipse in ellipses(ax)] == ["-", mark(1).line, ":"]
     assert ax.get_xlim()[1] - ax.get_xlim()[0] < 30  # it does not widen the picture
 
@@ -280,12 +284,78 @@ def test_labels_have_marks_and_names_of_their_own(generator):
 def test_a_line_shows_the_density_and_what_components_add_to_it(generator):
     gmm = GaussianMixture(2, 1).set_parameters([0.3, 0.7], [[0.0], [5.0]], [[[1.0]], [[4.0]]])
     x = gmm.sample(200, generator=generator)[0]
-    ax = plot_latent(gmm, x, torch.arange(200) % 2)
+    ax = plot_latent(gmm, x, gmm.predict(x))
     *parts, mixture = ax.lines
     grid = torch.from_numpy(np.asarray(mixture.get_xdata())).float()[:, None]
     np.testing.assert_allclose(mixture.get_ydata(), gmm(grid).exp(), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose([line.get_ydata() for line in parts], gmm.log_joint(grid).exp().mT, rtol=1e-4, atol=1e-6)
-    assert {text.get_text() for text in ax.get_legend().get_texts()} == {"mixture", "class 0", "class 1"}
+    assert {text.get_text() for text in ax.get_legend().get_texts()} == {"mixture", "class 0 (c0)", "class 1 (c1)"}
+
+
+def looks(ax):
+    """Return colour and marker of each group of points, by how many points it has."""
+    return {
+        len(group.get_offsets()): (tuple(group.get_facecolor()[0]), group.get_paths()[0].vertices.tobytes())
+        for group in ax.collections
+    }
+
+
+def test_a_class_has_the_marks_of_the_component_that_is_matched_to_it(generator):
+    centres = torch.tensor([[0.0, 0.0], [50.0, 0.0], [0.0, 50.0]])
+    gmm = GaussianMixture(3, 2).set_parameters([0.2, 0.3, 0.5], centres, torch.eye(2).expand(3, 2, 2))
+    components = torch.tensor([0, 1, 2]).repeat_interleave(torch.tensor([20, 30, 50]))
+    x = centres[components] + torch.randn(100, 2, generator=generator)
+    classes = torch.tensor([7, 5, 2])[components]
+    by_class = plot_latent(gmm, x, classes)
+    assert looks(by_class) == looks(plot_latent(gmm, x))
+    assert [text.get_text() for text in by_class.get_legend().get_texts()] == ["2 (c2)", "5 (c1)", "7 (c0)"]
+    assert looks(plot_latent(gmm, x, marks={0: 4, 1: 5, 2: 6})) == looks(
+        plot_latent(gmm, x, classes, marks={7: 4, 5: 5, 2: 6})
+    )
+
+
+def test_a_class_without_a_component_has_a_mark_of_its_own():
+    marks = {0: 0, 1: 1}
+    assert spread_marks([3, 4, 9], match_labels(torch.tensor([0, 0, 1, 1]), torch.tensor([4, 4, 9, 3])), marks) == {
+        3: 1,
+        4: 0,
+        9: 2,
+    }
+    assert match_labels(torch.tensor([0, 1]), torch.tensor([-1, -1])) == {}
+
+
+@pytest.mark.parametrize("k", [1, 7, 10, 25, 90])
+def test_components_that_are_neighbours_have_different_colours(k, generator):
+    means = torch.rand(k, 2, generator=generator)
+    marks = component_marks(means)
+    assert sorted(marks) == list(range(k))
+    assert len(set(marks.values())) == k
+    assert len({number % len(MARKERS) for number in marks.values()}) == min(k, len(MARKERS))
+    colors = torch.tensor([marks[i] % len(COLORS) for i in range(k)])
+    assert len(colors.unique()) == min(k, len(COLORS))
+    distance = torch.cdist(means, means)
+    if k == 10:  # three colours come twice: at pairs that are farther apart than most
+        twice = [distance[i, j] for i in range(k) for j in range(i) if colors[i] == colors[j]]
+        assert min(twice) > distance[distance > 0].median()
+
+
+def test_labels_may_be_lists_and_negative_ones_are_none():
+    """Strings are named by `names=`."""
+    ax = plot_latent(FITTED, [[0.0, 1.0], [1.0, 2.0], [3.0, 3.0], [3.0, 2.0]], [0, 1, 1, -3])
+    assert legend(ax)[0] == "no label"
+    assert [len(group.get_offsets()) for group in ax.collections] == [1, 1, 2]
+    assert ax.collections[0].get_facecolor()[0, :3].tolist() == pytest.approx([0.5] * 3)
+    with pytest.raises(TypeError, match=r"`labels` to hold integers, but got \['cat'\].*`names=`"):
+        plot_latent(FITTED, [[0.0, 1.0]], ["cat"])
+
+
+def test_more_classes_than_a_legend_has_room_for_are_counted(generator):
+    x = torch.randn(80, 2, generator=generator)
+    texts = plot_latent(GaussianMixture(2, 2), x, torch.arange(80) % 40).get_legend().get_texts()
+    assert len(texts) == MOST_NAMES + 1
+    assert texts[-1].get_text() == "and 8 more"
+    few, many = (plot_latent(GaussianMixture(2, 2), x, torch.arange(80) % n).figure for n in (4, 40))
+    assert many.get_size_inches()[0] > few.get_size_inches()[0] + 2
 
 
 def test_samples_share_plane_and_limits_with_rows_and_leave_the_stream(gmm, generator):
@@ -344,7 +414,30 @@ def test_outliers_are_crosses_by_the_score_in_all_features(generator):
     crosses = ax.collections[-1].get_offsets()
     np.testing.assert_allclose(crosses[-1], [0.0, 0.0], atol=1e-6)
     assert len(crosses) == 1 + int(score.is_outlier(x).sum())
-    assert ax.get_legend().get_texts()[-1].get_text().endswith("in all 3 features")
+    assert (
+        ax.get_legend()
+        .get_texts()[-1]
+        .get_text()
+        .endswith("\n(those amid rows are far out in the\n1 direction not drawn)")
+    )
+
+
+def test_the_limits_of_a_density_hold_its_contours(gmm, generator):
+    ax = plot_density(gmm, blobs(3, 5, generator), mass=[0.99])
+    (contour,) = [c for c in ax.collections if hasattr(c, "levels")]
+    points = np.concatenate([path.vertices for path in contour.get_paths()])
+    for (low, high), values in zip((ax.get_xlim(), ax.get_ylim()), points.T, strict=True):
+        assert low < values.min() - 0.01 * (high - low)
+        assert high > values.max() + 0.01 * (high - low)
+
+
+def test_a_note_on_outliers_amid_rows_only_where_directions_are_hidden(generator):
+    x = torch.randn(50, 2, generator=generator)
+    gmm = GaussianMixture(1, 2).fit(x)
+    ax = plot_density(gmm, x[:1], OutlierScore(gmm).calibrate(x))
+    assert legend(ax)[-2] == "1 row, no outliers"
+    assert legend(ax)[-1].startswith("0 outliers: −log p(x) > ")
+    assert "\n" not in legend(ax)[-1]
 
 
 @pytest.mark.parametrize(("d", "title"), [(1, "Density of the mixture"), (2, "Density of the mixture")])

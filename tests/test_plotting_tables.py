@@ -1,8 +1,11 @@
 """Pictures of tables, scores, images and of what changes."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 
 from tgmm_nn import GaussianMixture
 from tgmm_nn.plotting import (
@@ -82,20 +85,23 @@ def test_scores_are_histograms_in_per_cent_with_a_threshold(generator):
     share = 100 * (scores["out"] > 1.5).double().mean()
     assert legend(ax)[1] == f"out: {share:.0f} % above"
     assert legend(ax)[2] == "threshold 1.5"
-    heights = [sum(bar.get_height() for bar in bars) for bars in ax.containers]
-    np.testing.assert_allclose(heights, [100, 100])
+    bars = [patch for patch in ax.patches if not patch.get_fill()]
+    np.testing.assert_allclose([bar.get_data().values.sum() for bar in bars], [100, 100])
+    assert bars[0].get_linestyle() != bars[1].get_linestyle()
+    assert len({patch.get_hatch() for patch in ax.patches if patch.get_fill()}) == 2
     assert plot_scores(scores, ax=ax) is ax
+    assert legend(plot_scores({"rows": -scores["out"]}, threshold=-1.5))[1] == "threshold −1.5"
 
 
-def test_the_far_tail_is_in_the_last_bar_and_the_axis_says_so():
+def test_the_far_tail_is_in_the_last_bar_and_the_legend_says_so():
     near = torch.linspace(0, 1, 198)
     ax = plot_scores({"rows": torch.cat([near, torch.tensor([1e6, 1e7])])}, xlabel="score")
     assert ax.get_xlim()[1] < 2
-    last = ax.containers[0][-1]
-    start = last.get_x()
-    assert ax.get_xlabel() == f"score\n(the last bar holds all above {start:.4g})"
-    assert last.get_height() == pytest.approx(100 * (2 + int((near >= start).sum())) / 200, abs=0.51)
-    assert plot_scores({"rows": torch.zeros(5)}, xlabel="score").get_xlabel() == "score"
+    heights, edges, _ = ax.patches[-1].get_data()
+    assert ax.get_xlabel() == "score"
+    assert legend(ax) == ["rows", f"the last bar holds\nall above {edges[-2]:.4g}"]
+    assert heights[-1] == pytest.approx(100 * (2 + int((near >= edges[-2]).sum())) / 200, abs=0.51)
+    assert legend(plot_scores({"rows": torch.zeros(5)})) == ["rows"]
 
 
 def test_images_stand_on_one_scale_with_their_titles():
@@ -115,9 +121,10 @@ def test_images_stand_on_one_scale_with_their_titles():
 
 def test_curves_share_their_epochs_and_begin_where_em_does(tmp_path):
     given = new_axes(2, 1)
-    axes = plot_curves({"loss": ([0, 1, 2], [2.0, 1.0, 0.5]), "nats": ([1, 2], [-3.0, -2.0])}, given, start=1)
+    loss = ([0, 1, 2, 3, 4], [2.0, 1.0, 0.5, 0.4, 0.3])
+    axes = plot_curves({"loss": loss, "nats": ([1, 2], [-3.0, -2.0])}, given, start=1)
     assert axes == given
-    assert axes[0].lines[0].get_ydata().tolist() == [2.0, 1.0, 0.5]
+    assert axes[0].lines[0].get_ydata().tolist() == loss[1]
     assert axes[0].get_xlim() == axes[1].get_xlim()
     assert [ax.lines[1].get_xdata()[0] for ax in axes] == [1, 1]
     assert axes[0].get_title().endswith("dashed: first epoch of EM")
@@ -132,7 +139,22 @@ def test_epochs_and_values_may_be_tensors_that_learn(make):
     (ax,) = plot_curves({"loss": (make([3, 4]), values)}, start=make([3, 4])[1])
     assert ax.lines[0].get_xdata().tolist() == [3, 4]
     assert ax.lines[0].get_ydata().tolist() == [2.0, 1.0]
-    assert tuple(plot_weights([[0.5, 0.5], [0.9, 0.1]], make([3, 4])).images[0].get_extent()) == (2.5, 4.5, 1.5, -0.5)
+    assert plot_weights([[0.5, 0.5], [0.9, 0.1]], make([3, 4])).lines[0].get_xdata().tolist() == [3, 4]
+
+
+def test_a_curve_that_begins_late_fills_its_axes_and_says_from_when_on():
+    loss, nats = plot_curves({"loss": (range(100), range(100)), "nats": (range(60, 100), range(40))}, start=60)
+    assert loss.get_xlim()[0] < 0
+    assert 55 < nats.get_xlim()[0] < 60
+    assert nats.get_xlabel() == "epoch, from 60 on"
+    assert nats.lines[1].get_xdata()[0] == 60
+
+
+def test_of_a_single_value_the_picture_says_what_it_is():
+    loss, accuracy = plot_curves({"loss": (range(5), range(5)), "accuracy": ([4], [0.9375])})
+    assert [text.get_text() for text in accuracy.texts] == ["0.9375"]
+    assert accuracy.get_xlim() == loss.get_xlim()
+    assert not loss.texts
 
 
 def test_no_line_marks_a_start_before_which_nothing_was():
@@ -154,33 +176,57 @@ def test_a_curve_with_gaps_has_a_scale():
     assert ax.get_ylim() == pytest.approx((0.92, 3.08))
 
 
-@pytest.mark.parametrize("k", [3, 12, 25, 60])
-def test_weights_are_a_row_of_shades_for_each_component(k, generator, tmp_path):
+@pytest.mark.parametrize("k", [1, 3, 12, 16])
+def test_weights_are_lines_with_names_at_their_ends(k, generator, tmp_path):
     weights = torch.rand(7, k, generator=generator).softmax(-1)
     given = new_axes()[0]
     ax = plot_weights(weights.tolist(), range(10, 17), ax=given)
     assert ax is given
-    np.testing.assert_allclose(ax.images[0].get_array(), weights.T, rtol=1e-6)
+    np.testing.assert_allclose([line.get_ydata() for line in ax.lines[:k]], 100 * weights.T, rtol=1e-5)
+    assert len({(line.get_color(), str(line._unscaled_dash_pattern)) for line in ax.lines[:k]}) == k
+    assert [text.get_text() for text in ax.texts] == [f"c{c}  {100 * w:.1f} %" for c, w in enumerate(weights[-1])]
+    save(ax, tmp_path / "weights.png")
+    boxes = sorted((Text.get_window_extent(text) for text in ax.texts), key=lambda box: box.y0)
+    assert all(upper.y0 > lower.y0 + 0.6 * lower.height for lower, upper in itertools.pairwise(boxes))
+    assert all(10 <= tick <= 16 for tick in ax.get_xticks())
+
+
+@pytest.mark.parametrize("k", [17, 25, 60])
+def test_weights_of_many_components_are_rows_of_shades(k, generator, tmp_path):
+    weights = torch.rand(7, k, generator=generator).softmax(-1)
+    ax = plot_weights(weights, range(10, 17))
+    np.testing.assert_allclose(ax.images[0].get_array(), 100 * weights.T, rtol=1e-5)
     assert tuple(ax.images[0].get_extent()) == (9.5, 16.5, k - 0.5, -0.5)
     assert len(ax.texts) == (k if k <= 40 else 0)
-    if k <= 40:
-        assert ax.texts[1].get_text() == f"{100 * weights[-1, 1]:.1f} %"
+    assert ax.get_yticklabels()[0].get_text() == "c0"
     save(ax, tmp_path / "weights.png")
 
 
 def test_equal_weights_are_of_a_middle_grey():
-    image = plot_weights(torch.full((3, 4), 0.25)).images[0]
-    assert image.norm(0.25) == pytest.approx(0.5)
+    weights = torch.full((3, 20), 0.05)
+    weights[1, :2] = torch.tensor([0.06, 0.04])
+    image = plot_weights(weights).images[0]
+    np.testing.assert_allclose(image.norm(np.array([4.0, 5.0, 6.0])), [0.0, 0.5, 1.0], atol=1e-5)
 
 
-def test_births_and_deaths_stand_at_their_epochs_and_components():
-    weights, births, deaths = torch.full((5, 3), 1 / 3), torch.zeros(5, 3), torch.zeros(5, 3)
+@pytest.mark.parametrize("k", [3, 20])
+def test_births_and_deaths_stand_at_their_epochs_and_components(k):
+    weights, births, deaths = torch.rand(5, k).softmax(-1), torch.zeros(5, k), torch.zeros(5, k)
     deaths[1, 2], births[3, 2], births[4, 0] = 1, 1, 2
     ax = plot_weights(weights, range(20, 25), births=births, deaths=deaths)
-    died, born = (group.get_offsets().round().tolist() for group in ax.collections)
+    died, born = (group.get_offsets() for group in ax.collections)
     assert legend(ax) == ["component died", "component was born"]
-    assert died == [[21.0, 2.0]]
-    assert born == [[23.0, 2.0], [24.0, 0.0]]
+    heights = {(e, c): float(100 * weights[e, c]) if k == 3 else c for e, c in ((1, 2), (3, 2), (4, 0))}
+    np.testing.assert_allclose(died, [[21.0, heights[1, 2]]], rtol=1e-5)
+    np.testing.assert_allclose(born, [[23.0, heights[3, 2]], [24.0, heights[4, 0]]], rtol=1e-5)
+    assert ax.get_title() == "Weight of each component over training"
+
+
+def test_the_title_says_that_no_component_died_or_was_born():
+    nothing = torch.zeros(2, 2)
+    ax = plot_weights([[0.5, 0.5], [0.4, 0.6]], births=nothing, deaths=nothing)
+    assert ax.get_title().replace("\n", " ").endswith("; none died or was born")
+    assert "none" not in plot_weights([[0.5, 0.5]]).get_title()
 
 
 def test_one_epoch_of_weights_is_drawn():
@@ -211,6 +257,12 @@ def test_the_best_number_of_components_has_a_star(best, expected):
     (bars,) = ax.containers[0].lines[2]
     np.testing.assert_allclose(bars.get_segments()[0][:, 1], [10 - 2**0.5, 10 + 2**0.5])
     assert ax.get_ylabel() == "BIC, nats, mean ± sd of 2 runs"
+    assert ax.get_xticks().tolist() == [1, 2, 3, 8]
+    ax.figure.draw_without_rendering()
+    low, high = ax.transData.inverted().transform([(0, 0), (0, 12)])[:, 1]  # a star is 18 points large, 9 on each side
+    assert ax.get_ylim()[0] < float(star.get_ydata()[0]) - 0.6 * (high - low)
+    without = plot_criterion([1, 2], [2.0, 1.0], star=False)
+    assert not any(line.get_marker() == "*" for line in without.lines)
     assert plot_criterion([1, 2], [2.0, 1.0], ax=ax) is ax
 
 

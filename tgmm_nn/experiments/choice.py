@@ -186,15 +186,15 @@ class ComponentChoice:
         return sum(values) / len(values) if self.criterion == "heldout" else min(values)
 
     def _draw(self, trials: Sequence[Trial], file: Path) -> None:
-        """Draw the criterion over the number of components, a panel for each family."""
+        """Draw the criterion over the number of components, a panel for each family; a star marks what is chosen."""
         _, name, best = CRITERIA[self.criterion]
-        axes = new_axes(1, len(self.families))
+        axes, chosen = new_axes(1, len(self.families)), self.best(trials).family
         for family, ax in zip(self.families, axes, strict=True):
             table = torch.tensor([t.value for t in trials if t.family == family], dtype=torch.float64)
             table = table.reshape(len(self.candidates), self.n_seeds).mT
             values = table if self.criterion == "heldout" else table.amin(0)
-            plot_criterion(self.candidates, values, name=name, best=best, ax=ax)
-            ax.set_title(f"{family}\n{ax.get_title()}")
+            plot_criterion(self.candidates, values, name=name, best=best, star=family == chosen, ax=ax)
+            ax.set_title(f"{family}{', chosen' if family == chosen else ''}\n{ax.get_title()}")
         limits = [limit for ax in axes for limit in ax.get_ylim()]
         for ax in axes:  # families are compared
             ax.set_ylim(min(limits), max(limits))

@@ -6,6 +6,7 @@ import csv
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from tgmm_nn.plotting import (
     principal_plane,
     save,
 )
+from tgmm_nn.plotting.figures import count
+from tgmm_nn.plotting.latent import legend_room
 
 __all__ = [
     "draw_components",
@@ -50,7 +53,7 @@ def draw_latent(
 ) -> None:
     """Write ``latent.png``: embeddings by component and, where there are labels, by class, in one plane."""
     plane = principal_plane(z)
-    axes = new_axes(1, 1 if y is None else 2, size=(6.6, 5.2))
+    axes = new_axes(1, 1 if y is None else 2, size=(6.6 + legend_room(y) / 2, 5.2))
     plot_latent(gmm, z, plane=plane, ax=axes[0])
     if y is not None:
         plot_latent(gmm, z, y, n_std=(1.0,), names=names, plane=plane, ax=axes[1])  # the left one has both
@@ -68,18 +71,24 @@ def draw_density(gmm: GaussianMixture, z: Tensor, folder: Path, score: OutlierSc
 def draw_contingency(clusters: Tensor, y: Tensor, n_clusters: int, folder: Path) -> None:
     """Write ``contingency.png``: rows by component and class, components ordered by their most frequent class.
 
-    Rows with a negative label have no class; where no row has one, nothing is written.
+    Rows with a negative label have no class; where no row has one, nothing is written. Columns are the classes that
+    occur; a component without rows has its row, of zeros.
     """
     clusters, y = clusters.cpu(), y.cpu()
     clusters, y = clusters[y >= 0], y[y >= 0]  # a negative label is none
     if not len(y):
         return
-    table = Contingency(n_clusters, int(y.max()) + 1)(clusters, y)
+    present, y = y.unique(return_inverse=True)
+    table = Contingency(n_clusters, len(present))(clusters, y)
     most, classes = table.max(1)
     order = sorted(range(n_clusters), key=lambda k: (int(classes[k]), -int(most[k])))
-    title = f"Of {len(y):,} rows {int(most.sum()):,} are of their component's most frequent class"
+    right = int(most.sum())
+    title = (
+        f"Of {count(len(y), 'row')} {right:,} {'is' if right == 1 else 'are'} of their component's most frequent class"
+    )
     ax = new_axes(size=(7.0, max(5.0, min(10.0, 0.45 * n_clusters))))[0]
-    plot_contingency(table[order], clusters=[str(k) for k in order], ylabel="component", title=title, ax=ax)
+    names: dict[str, Any] = {"clusters": [f"c{k}" for k in order], "classes": [str(c) for c in present.tolist()]}
+    plot_contingency(table[order], **names, ylabel="component", title=title, ax=ax)
     save(ax, folder / "contingency.png")
 
 
@@ -110,7 +119,7 @@ def draw_components(
     """Write ``components.png``: an image of each component, rows of pixels ``(K, height · width)``; none of others."""
     if image_shape is None:
         return
-    titles = [f"component {k}\n{100 * weight:.1f} %" for k, weight in enumerate(gmm.weights_.tolist())]
+    titles = [f"c{k}\n{100 * weight:.1f} %" for k, weight in enumerate(gmm.weights_.tolist())]
     started = "" if gmm.fitted_ else " (mixture not started: all components are alike)"
     axes = plot_images(
         images.reshape(-1, *image_shape), titles, title=f"{what} of each component, and its weight{started}"
@@ -139,8 +148,8 @@ def draw_samples(
     # A row is one picture, its images apart by a column of nothing: axes for each image take ten times as long.
     apart = torch.nn.functional.pad(images, (0, 1), value=torch.nan)
     rows = apart.transpose(1, 2).flatten(2)[..., :-1]
-    titles = [f"component {k}" for k in heaviest]
-    axes = plot_images(rows, titles, title="Decoded samples, a row for each component", columns=1)
+    titles = [f"c{k}" for k in heaviest]
+    axes = plot_images(rows, titles, title="Decoded samples, a row for each component, c0 and so on", columns=1)
     for ax, number in itertools.product(axes, range(1, 8)):
         ax.axvline(number * apart.shape[-1] - 1, color="0.4", lw=0.8)  # pixels are white as well
     save(axes[0], folder / "samples.png")

@@ -17,6 +17,7 @@ from tgmm_nn.mixture import GaussianMixture
 from tgmm_nn.plotting import Plane, animate, limits_of, plot_latent, principal_plane, save
 from tgmm_nn.plotting.figures import lay_out_like
 from tgmm_nn.plotting.latent import check_radii
+from tgmm_nn.plotting.marks import component_marks
 
 __all__ = ["LatentPlotCallback"]
 
@@ -179,16 +180,18 @@ class LatentPlotCallback(lightning.Callback):
     def _join(self, trainer: lightning.Trainer, frames: list[Path]) -> None:
         """Draw all pictures again, in one plane and with the same limits, and join them."""
         contents = [read_frame(frame) for frame in frames]
-        plane = principal_plane(contents[-1][1])
+        plane = _of_the_last(principal_plane(contents[-1][1]))
         radius = max(self.n_std, default=0.0)
         limits = torch.stack([limits_of(plane.project(rows), _flat(plane, gmm), radius) for gmm, rows, _ in contents])
         common = torch.stack([limits[:, 0].amin(0), limits[:, 1].amax(0)])
+        flat = _flat(plane, contents[-1][0])
+        marks = None if flat is None else component_marks(flat.means_)
         # All are laid out as the last is, which has all to show: what moves is the mixture, and not its frame.
-        last = self._picture(*contents[-1], plane, common)
+        last = self._picture(*contents[-1], plane, common, marks)
         files = [self._file(trainer, epoch) for *_, epoch in contents]
         save(last, files[-1])
         for content, file in zip(contents[:-1], files, strict=False):
-            ax = self._picture(*content, plane, common)
+            ax = self._picture(*content, plane, common, marks)
             lay_out_like(ax, last)
             save(ax, file)
         animate(files, self._folder(trainer) / "latent.gif", self.seconds)
@@ -200,9 +203,10 @@ class LatentPlotCallback(lightning.Callback):
         epoch: int,
         plane: Plane | None = None,
         limits: Tensor | None = None,
+        marks: dict[int, int] | None = None,
     ) -> Axes:
         """Draw an epoch."""
-        ax = plot_latent(gmm, rows, n_std=self.n_std, plane=plane, limits=limits)
+        ax = plot_latent(gmm, rows, n_std=self.n_std, plane=plane, limits=limits, marks=marks)
         ax.set_title(f"Epoch {epoch}\n{ax.get_title()}")
         return ax
 
@@ -218,6 +222,13 @@ def read_frame(file: Path) -> tuple[GaussianMixture, Tensor, int]:
     gmm = GaussianMixture(len(state["weights_"]), rows.shape[1], frame["covariance_type"], device="cpu")
     gmm.load_state_dict(state, strict=False)  # without the running sums, which nobody draws
     return gmm, rows, frame["epoch"]
+
+
+def _of_the_last(plane: Plane) -> Plane:
+    """Return a plane whose names are true of every epoch's picture; what it holds of the variance is not."""
+    first, second = (name.split(" (")[0] for name in plane.names)
+    of = " of the last epoch" if "principal" in first else ""
+    return plane._replace(names=(first + of, second + of))
 
 
 def _flat(plane: Plane, gmm: GaussianMixture) -> GaussianMixture | None:

@@ -25,7 +25,8 @@ Line = tuple[int, int, float, int, int]
 class WeightHistoryCallback(lightning.Callback):
     """Write the weights of a mixture's components at each epoch's end to ``weights.csv``, and draw them at the end.
 
-    The file has a line for each epoch and component, from the epoch on in which the mixture is started: ``epoch``,
+    The file has a line for each epoch and component, from the first epoch of EM on, as its log ``started`` says; an
+    epoch that only gave the rows to start from, at its end, is left out, as in the curves of the metrics: ``epoch``,
     ``component``, ``weight``, and how often the component was born and died in the epoch, ``births`` and ``deaths``, as
     `EMCallback` counts them by its ``min_weight``. Each epoch is written at its end, so that what is there survives an
     interruption. A resumed training goes on from the lines of the epochs before it, where they are still there: in its
@@ -76,7 +77,7 @@ class WeightHistoryCallback(lightning.Callback):
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write what the components weigh."""
         gmm = find_mixture(pl_module, self.module)
-        if self._file is None or not trainer.is_global_zero or not gmm.fitted_:
+        if self._file is None or not trainer.is_global_zero or not _started(trainer, gmm):
             return
         columns = (gmm.weights_, *_events(trainer, gmm))
         with self._file.open("a", newline="") as stream:
@@ -121,10 +122,25 @@ def _read(file: Path) -> list[Line]:
         ]
 
 
-def _events(trainer: lightning.Trainer, gmm: GaussianMixture) -> tuple[Tensor, Tensor]:
-    """Return how often each component was born and died in the epoch; never where no callback runs EM on it."""
+def _callback_of(trainer: lightning.Trainer, gmm: GaussianMixture) -> EMCallback | None:
+    """Return the callback that runs EM on a mixture, if there is one."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # it has callbacks
         if isinstance(callback, EMCallback) and callback.learner.gmm is gmm:
-            return callback.monitor.births, callback.monitor.deaths
+            return callback
+    return None
+
+
+def _started(trainer: lightning.Trainer, gmm: GaussianMixture) -> bool:
+    """Return whether the epoch was one of a started mixture, and not the one whose rows started it."""
+    callback = _callback_of(trainer, gmm)
+    logged = None if callback is None else trainer.callback_metrics.get(f"{callback.prefix}/started")
+    return gmm.fitted_ and (logged is None or bool(logged > 0))
+
+
+def _events(trainer: lightning.Trainer, gmm: GaussianMixture) -> tuple[Tensor, Tensor]:
+    """Return how often each component was born and died in the epoch; never where no callback runs EM on it."""
+    callback = _callback_of(trainer, gmm)
+    if callback is not None:
+        return callback.monitor.births, callback.monitor.deaths
     nothing = torch.zeros_like(gmm.weights_)
     return nothing, nothing

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, MaxNLocator
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from tgmm_nn import checks
 from tgmm_nn.mixture import GaussianMixture
-from tgmm_nn.plotting.figures import add_legend, label, mark, new_axes
+from tgmm_nn.plotting.figures import count, mark, new_axes, number
+from tgmm_nn.plotting.places import add_colorbar, add_legend, has_layout, is_small, label
 from tgmm_nn.plotting.planes import check_fitted
 
 __all__ = ["plot_criterion", "plot_curves", "plot_likelihood", "plot_weights"]
 
 BIRTH, DEATH = "#0072B2", "#D55E00"
+# Components whose weights are lines; more are rows of a map.
+MOST_LINES = 16
 
 
 def plot_curves(
@@ -27,7 +32,10 @@ def plot_curves(
     start: float | None = None,
     title: str = "",
 ) -> list[Axes]:
-    """Draw one curve over epochs under another, over the same epochs.
+    """Draw one curve over epochs under another, over the same epochs; one that begins late, over its own.
+
+    A curve that begins after a quarter of all epochs would leave its axes empty for long. Of one value the picture says
+    what it is.
 
     The scale of each is that of its values, and spans at least a hundredth of them: a curve that hardly changes is
     drawn as one that hardly changes.
@@ -67,12 +75,16 @@ def plot_curves(
         _scale(ax, values)
         if start is not None and start > min(everywhere, default=0):
             ax.axvline(start, color="0.4", ls="--", lw=1.2)
-        ax.set(xlim=_around(everywhere))
+        if len(values) == 1:
+            ax.annotate(number(values[0]), (epochs[0], values[0]), (6, 6), textcoords="offset points", fontsize=10)
+        ax.set(xlim=_around(epochs if _begins_late(epochs, everywhere) else everywhere))
         ax.grid(alpha=0.3)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        label(ax, "", "epoch" if ax is axes[-1] else "", name)
+        ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     note = "\ndashed: first epoch of EM" if any(len(ax.lines) > 1 for ax in axes) else ""
-    label(axes[0], (title + note).strip(), axes[0].get_xlabel(), axes[0].get_ylabel())
+    for ax, (name, (epochs, _)) in zip(axes, curves.items(), strict=True):
+        late = _begins_late(epochs, everywhere)
+        below = f"epoch, from {epochs[0]:g} on" if late else "epoch" if ax is axes[-1] else ""
+        label(ax, (title + note).strip() if ax is axes[0] else "", below, name)
     return axes
 
 
@@ -85,17 +97,18 @@ def plot_weights(
     title: str = "Weight of each component over training",
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw the weights of components over epochs as a heat map, dark where they are large; last weights at the right.
+    """Draw the weights of components over epochs: lines with names at their ends, or of many a map of shades.
 
     A cross marks an epoch in which a component died, that is fell below the smallest weight of a living one, and a
-    triangle one in which it was born again.
+    triangle one in which it was born again; where births and deaths are given and there were none, the title says so.
+    Of more than 16 components each is a row of a map, whose shades are about an equal weight.
 
     Args:
         weights: Weights at the end of each epoch, shape ``(E, K)``.
         epochs: The epochs, E numbers that rise by steps of one size; None counts from 0.
         births: How often each component was born in each epoch, shape ``(E, K)``; None marks none.
         deaths: How often each died, shape ``(E, K)``; None marks none.
-        title: Title of the axes.
+        title: What the title of the axes begins with.
         ax: Axes to draw into; None makes new ones.
 
     Returns:
@@ -117,24 +130,21 @@ def plot_weights(
     places = list(range(len(weights))) if epochs is None else _numbers("epochs", epochs)
     if len(places) != len(weights):
         raise ValueError(f"Expected `epochs` for each of the {len(weights)} rows of `weights`, but got {len(places)}.")
-    ax = ax or new_axes(size=(8.0, max(3.0, min(9.0, 1.6 + 0.3 * weights.shape[1]))))[0]
-    step = (places[-1] - places[0]) / max(1, len(places) - 1) or 1.0
     k = weights.shape[1]
-    top = max(float(weights.max()), 2.0 / k)  # so that equal weights are of a middle grey
-    extent = (places[0] - step / 2, places[-1] + step / 2, k - 0.5, -0.5)
-    image = ax.imshow(
-        weights.T.numpy(), cmap="Greys", vmin=0.0, vmax=top, aspect="auto", extent=extent, interpolation="nearest"
-    )
-    for number in range(1, k):
-        ax.axhline(number - 0.5, color="white", lw=1.0)
-    events = (("deaths", deaths, "x", DEATH, "component died"), ("births", births, "^", BIRTH, "component was born"))
+    as_lines = k <= MOST_LINES
+    ax = ax or new_axes(size=(8.0, 4.6 if as_lines else max(4.0, min(9.0, 1.6 + 0.2 * k))))[0]
+    (_draw_lines if as_lines else _draw_shades)(ax, weights, places)
+    events = (("deaths", deaths, "X", DEATH, "component died"), ("births", births, "^", BIRTH, "component was born"))
+    happened = 0
     for name, counts, marker, color, text in events:
-        _mark_events(ax, _counts(name, counts, weights), places, marker, color, text)
-    _name_weights(ax, weights[-1])
-    ax.figure.colorbar(image, ax=ax, label="weight", pad=0.12 if k <= 40 else 0.02)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True) if len(places) > 1 else FixedLocator(places))
-    label(ax, title, "epoch", "component")
+        numbers = _counts(name, counts, weights)
+        _mark_events(ax, numbers, weights if as_lines else None, places, marker, color, text)
+        happened += int(numbers.sum())
+    ticks = MaxNLocator(4 if is_small(ax) else 8, integer=True).tick_values(places[0], places[-1])
+    ax.set_xticks([tick for tick in ticks if places[0] <= tick <= places[-1]] if len(places) > 1 else places)
     add_legend(ax, below=True)
+    nothing = "" if happened or births is None or deaths is None else "; none died or was born"
+    label(ax, title + nothing, "epoch", "weight, %" if as_lines else "component")
     return ax
 
 
@@ -169,10 +179,10 @@ def plot_likelihood(gmm: GaussianMixture, *, title: str | None = None, ax: Axes 
     ax.plot(iterations, history, color=mark(0).color, marker="o", ms=4)
     _scale(ax, history, share=0.0)
     ax.grid(alpha=0.3)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     how = "converged after" if gmm.converged_ else "did not converge in"
     climbed = "log-likelihood" if all(prior is None for prior in gmm.priors) else "log-posterior"
-    title = f"EM {how} {gmm.n_iter_} iteration{'s'[: gmm.n_iter_ != 1]}" if title is None else title
+    title = f"EM {how} {count(gmm.n_iter_, 'iteration')}" if title is None else title
     label(ax, title, "iteration of EM", f"{climbed}, nats per row")
     return ax
 
@@ -183,6 +193,7 @@ def plot_criterion(
     *,
     name: str = "BIC",
     best: Literal["smallest", "largest"] = "smallest",
+    star: bool = True,
     title: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
@@ -194,6 +205,7 @@ def plot_criterion(
             one standard deviation.
         name: What the criterion is, with its unit.
         best: Which value is best: of BIC, AIC and ICL the ``"smallest"``, of a likelihood the ``"largest"``.
+        star: Whether a star marks the best; of several pictures, that of the one that is chosen may.
         title: Title of the axes; None says which number is best.
         ax: Axes to draw into; None makes new ones.
 
@@ -209,6 +221,7 @@ def plot_criterion(
         >>> ax.get_title()
         'BIC is smallest at 2 components'
     """
+    checks.check_bool("star", star)
     checks.check_choice("best", best, ("smallest", "largest"))
     table = torch.atleast_2d(checks.to_tensor("values", values, torch.float64).detach().cpu().double())
     if table.ndim != 2 or table.shape[1] != len(n_components) or 0 in table.shape:
@@ -222,12 +235,15 @@ def plot_criterion(
     ax, numbers = ax or new_axes()[0], list(n_components)
     ax.errorbar(numbers, mean.tolist(), deviation, color=mark(0).color, marker="o", capsize=4)
     place = int(mean.argmin() if best == "smallest" else mean.argmax())
-    ax.plot(numbers[place], float(mean[place]), marker="*", ms=18, color=mark(5).color, mec="black", ls="", zorder=3)
+    if star:
+        ax.plot(numbers[place], float(mean[place]), "*", ms=18, color=mark(5).color, mec="black", zorder=3)
+    ax.margins(0.08, 0.12)  # for the star
     ax.ticklabel_format(axis="y", useOffset=False)
     ax.grid(alpha=0.3)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(numbers) <= 20:
+        ax.set_xticks(sorted(set(numbers)))
     runs = f", mean ± sd of {len(table)} runs" if len(table) > 1 else ""
-    found = f"{name.split(',', maxsplit=1)[0]} is {best} at {numbers[place]} component{'s'[: numbers[place] != 1]}"
+    found = f"{name.split(',', maxsplit=1)[0]} is {best} at {count(numbers[place], 'component')}"
     label(ax, found if title is None else title, "number of components", name + runs)
     return ax
 
@@ -250,6 +266,12 @@ def _scale(ax: Axes, values: Sequence[float], share: float = 0.01) -> None:
         ax.set_ylim(middle - half, middle + half)
 
 
+def _begins_late(epochs: Sequence[float], everywhere: Sequence[float]) -> bool:
+    """Return whether a curve of several values leaves more than a quarter of all epochs empty before it."""
+    low, high = min(everywhere, default=0), max(everywhere, default=0)
+    return len(epochs) > 1 and min(epochs) - low > 0.25 * (high - low)
+
+
 def _around(epochs: Sequence[float]) -> tuple[float, float]:
     """Return limits that leave a little room about epochs."""
     low, high = min(epochs, default=0), max(epochs, default=0)
@@ -268,22 +290,82 @@ def _counts(name: str, counts: Any, weights: Tensor) -> Tensor:
     return counts
 
 
-def _mark_events(ax: Axes, counts: Tensor, places: Sequence[float], marker: str, color: str, text: str) -> None:
-    """Draw a mark where something happened to a component in an epoch; a birth a little below a death."""
+def _draw_lines(ax: Axes, weights: Tensor, places: Sequence[float]) -> None:
+    """Draw the weights of each component in per cent, and write its name and last weight at the end of its line."""
+    shares, k = 100 * weights, weights.shape[1]
+    for component, values in enumerate(shares.mT):
+        color, marker, line, _ = mark(component)
+        few = marker if len(values) <= 3 else None
+        ax.plot(places, values.tolist(), color=color, ls=line, lw=1.8, marker=few)
+    ax.axhline(100 / k, color="0.7", lw=0.8, zorder=0)
+    lowest, highest = float(shares.min()), float(shares.max())
+    middle, half = (lowest + highest) / 2, max((highest - lowest) / 2, 5 / k) * 1.15
+    ax.set_ylim(max(middle - half, -0.05 * highest), middle + half)
+    left, right = _around(places)
+    end = right + (0.4 if is_small(ax) else 0.3) * (right - left)
+    ax.set_xlim(left, end)
+    ax.grid(alpha=0.3)
+    small = 6 if is_small(ax) else 10
+    heights = _apart(shares[-1], *ax.get_ylim())
+    for component, (height, value) in enumerate(zip(heights, shares[-1].tolist(), strict=True)):
+        color = mark(component).color
+        thread = {"arrowstyle": "-", "lw": 0.8, "color": color, "shrinkA": 0, "shrinkB": 0}
+        ax.annotate(
+            f"c{component}  {value:.1f} %", (places[-1], value), (right + 0.07 * (right - left), height),
+            va="center", fontsize=small, arrowprops={**thread, "relpos": (0.0, 0.5)},
+        )  # fmt: skip
+
+
+def _apart(values: Tensor, low: float, high: float) -> list[float]:
+    """Return heights in the order of values, near these and so far apart that names beside them do not overlap."""
+    gap = min(0.055, 0.96 / len(values)) * (high - low)
+    order, heights = values.argsort().tolist(), values.tolist()
+    for lower, upper in itertools.pairwise(order):
+        heights[upper] = max(heights[upper], heights[lower] + gap)
+    heights[order[-1]] = min(heights[order[-1]], high - gap / 2)
+    for lower, upper in reversed(list(itertools.pairwise(order))):
+        heights[lower] = min(heights[lower], heights[upper] - gap)
+    return heights
+
+
+def _draw_shades(ax: Axes, weights: Tensor, places: Sequence[float]) -> None:
+    """Draw a row of shades for each component, and say beside it what it weighs at the end, where there is room."""
+    k = weights.shape[1]
+    step = (places[-1] - places[0]) / max(1, len(places) - 1) or 1.0
+    farthest = max(float((weights - 1 / k).abs().max()), 0.1 / k)  # an equal weight is of a middle grey
+    image = ax.imshow(
+        100 * weights.T.numpy(), cmap="Greys", vmin=100 * (1 / k - farthest), vmax=100 * (1 / k + farthest),
+        extent=(places[0] - step / 2, places[-1] + step / 2, k - 0.5, -0.5), aspect="auto", interpolation="nearest",
+    )  # fmt: skip
+    for row in range(1, k):
+        ax.axhline(row - 0.5, color="white", lw=0.6)
+    room = k <= 40 and has_layout(ax)
+    add_colorbar(image, ax, "weight, %", pad=0.12 if room else 0.02)
+    if not room:
+        ticks = [tick for tick in MaxNLocator(integer=True).tick_values(0, k - 1) if 0 <= tick < k]
+        ax.set_yticks(ticks, [f"c{tick:.0f}" for tick in ticks])
+        return
+    ax.set_yticks(range(k), [f"c{row}" for row in range(k)], fontsize=8)
+    for row, weight in enumerate(weights[-1].tolist()):
+        ax.text(1.01, row, f"{100 * weight:.1f} %", transform=ax.get_yaxis_transform(), va="center", fontsize=8)
+
+
+def _mark_events(
+    ax: Axes,
+    counts: Tensor,
+    weights: Tensor | None,
+    places: Sequence[float],
+    marker: str,
+    color: str,
+    text: str,
+) -> None:
+    """Draw a mark where something happened to a component in an epoch: on its line or, of a map, in its row."""
     when, which = counts.nonzero(as_tuple=True)
     if len(when):
-        shift = 0.15 if marker == "^" else -0.15
+        heights = which if weights is None else 100 * weights[when, which]
         at = [places[i] for i in when.tolist()]
-        ax.scatter(at, (which + shift).tolist(), marker=marker, c=color, s=46, lw=1.8, label=text, zorder=3)
-
-
-def _name_weights(ax: Axes, last: Tensor) -> None:
-    """Number the components, and say beside each what it weighs at the end, where there is room."""
-    k = len(last)
-    if k > 40:
-        ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-        return
-    size = 11 if k <= 15 else 8
-    ax.set_yticks(range(k), [str(number) for number in range(k)], fontsize=size)
-    for number, weight in enumerate(last.tolist()):
-        ax.text(1.01, number, f"{100 * weight:.1f} %", transform=ax.get_yaxis_transform(), va="center", fontsize=size)
+        halo = [withStroke(linewidth=3.0, foreground="white")]  # a mark is seen on dark and on light shades
+        ax.scatter(
+            at, heights.tolist(), marker=marker, c=color, s=30 if is_small(ax) else 70, ec="black", linewidths=0.8,
+            label=text, zorder=4, path_effects=halo,
+        )  # fmt: skip

@@ -14,7 +14,8 @@ from torch import Tensor
 from tgmm_nn import checks
 from tgmm_nn.mixture import GaussianMixture
 from tgmm_nn.outliers import OutlierScore
-from tgmm_nn.plotting.figures import add_legend, label, new_axes
+from tgmm_nn.plotting.figures import count, new_axes, number
+from tgmm_nn.plotting.places import add_colorbar, add_legend, is_narrow, is_small, label
 from tgmm_nn.plotting.planes import Plane, check_fitted, limits_of, principal_plane, to_rows
 
 __all__ = ["density_levels", "plot_density"]
@@ -107,7 +108,7 @@ def plot_density(
     """
     check_fitted(gmm)
     x, mass = to_rows(x, gmm.n_features), _check_mass(mass)
-    plane, ax = plane or principal_plane(x), ax or new_axes(size=(8.2, 6.0))[0]
+    plane, ax = plane or principal_plane(x), ax or new_axes(size=(7.0, 7.2))[0]
     flat = plane.project_mixture(gmm)
     *levels, lowest = density_levels(flat, [*mass, 0.999]).tolist()
     if score is not None and not isinstance(score, OutlierScore):
@@ -120,7 +121,7 @@ def plot_density(
         points[:, 1] = -0.02 * ax.get_ylim()[1]
     else:
         marks = _draw_map(ax, flat, limits, levels, mass, lowest - 2.0)
-    add_legend(ax, marks + _draw_rows(ax, points, outlying, score, gmm.n_features))
+    add_legend(ax, marks + _draw_rows(ax, points, outlying, score, gmm.n_features), below=True, columns=2)
     hidden = gmm.n_features - 2
     summed = f"Density in the plane, summed over {hidden} other direction{'s'[: hidden > 1]}"
     if title is None:
@@ -142,24 +143,29 @@ def _check_mass(mass: Any) -> tuple[float, ...]:
 
 # What each score of an `OutlierScore` is, in words.
 NAMES = {
-    "log_density": "-log p(x)",
-    "max_component": "-log of the largest component",
+    "log_density": "−log p(x)",
+    "max_component": "−log of the largest component",
     "mahalanobis": "squared distance to the nearest mean",
     "relative_mahalanobis": "squared distance, relative",
 }
 
 
 def _draw_rows(ax: Axes, points: Tensor, outlying: Tensor, score: OutlierScore | None, n_features: int) -> list[Any]:
-    """Draw rows as dots, and outliers as crosses; return what a legend shows."""
+    """Draw rows as dots, and outliers as large crosses with an edge; return what a legend shows."""
     inside, outside = points[~outlying], points[outlying]
     kept = ax.scatter(inside[:, 0], inside[:, 1], s=7, c="#0072B2", alpha=0.6, linewidths=0, zorder=3)
-    kept.set_label(f"{len(inside):,} rows")
+    kept.set_label(count(len(inside), "row"))
     if score is None:
         return [kept]
-    kept.set_label(f"{len(inside):,} rows within")
-    cross = ax.scatter(outside[:, 0], outside[:, 1], s=26, c=OUTLIER, marker="x", linewidths=1.2, zorder=3)
-    where = f"\nin all {n_features} features" if n_features > 2 else ""
-    cross.set_label(f"{len(outside):,} outliers: {NAMES[score.score]}\nabove {float(score.threshold):.3g}{where}")
+    kept.set_label(f"{count(len(inside), 'row')}, no outliers")
+    size = 30 if is_small(ax) else 70
+    cross = ax.scatter(
+        outside[:, 0], outside[:, 1], s=size, c=OUTLIER, marker="X", ec="black", linewidths=1.0, zorder=5
+    )
+    hidden = n_features - 2
+    found = f"{count(len(outside), 'outlier')}: {NAMES[score.score]} > {number(float(score.threshold), 3)}"
+    amid = f"\n(those amid rows are far out in the\n{count(hidden, 'direction')} not drawn)"
+    cross.set_label(found + (amid if hidden > 0 and not is_narrow(ax) else ""))
     return [kept, cross]
 
 
@@ -167,19 +173,38 @@ def _draw_map(
     ax: Axes, flat: GaussianMixture, limits: Tensor, levels: Sequence[float], mass: Sequence[float], low: float
 ) -> list[Any]:
     """Shade the density in a plane, below ``low`` in white, and draw its contours; return what a legend shows."""
+    limits = _around(flat, limits, min(levels, default=math.inf))
     (left, bottom), (right, top) = limits.tolist()
-    xs, ys = (torch.linspace(*ends, 300, dtype=torch.float64) for ends in ((left, right), (bottom, top)))
-    density = flat(torch.cartesian_prod(xs, ys)).reshape(300, 300).mT
+    xs, ys, density = _on_grid(flat, limits, 300)
     image = ax.imshow(
         density.clamp(min=low).numpy(), cmap="Greys", origin="lower", extent=(left, right, bottom, top), alpha=0.7,
         interpolation="bilinear", vmin=low, vmax=float(density.max()) + 1.5, aspect="equal",
     )  # fmt: skip
-    ax.figure.colorbar(image, ax=ax, label="log-density, nats", location="bottom", shrink=0.8)
+    add_colorbar(image, ax, "log-density, nats")
     marks = []
     for level, share, line in zip(levels, mass, LINES * len(mass), strict=False):
         ax.contour(xs, ys, density, levels=[level], colors="black", linewidths=1.2, linestyles=line, zorder=4)
         marks.append(Line2D([], [], color="black", lw=1.2, ls=line, label=f"holds {100 * share:.4g} % of the mass"))
     return marks
+
+
+def _on_grid(flat: GaussianMixture, limits: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return n places across and up, and the log-density there, shape ``(n, n)``, from the lowest row up."""
+    xs, ys = (torch.linspace(low, high, n, dtype=torch.float64) for low, high in limits.mT.tolist())
+    return xs, ys, flat(torch.cartesian_prod(xs, ys)).reshape(n, n).mT
+
+
+def _around(flat: GaussianMixture, limits: Tensor, level: float) -> Tensor:
+    """Return limits that also hold the contour of a level, as far as a picture's width beyond."""
+    span = limits[1] - limits[0]
+    xs, ys, density = _on_grid(flat, torch.stack([limits[0] - span, limits[1] + span]), 300)
+    high = density >= level
+    if not bool(high.any()):
+        return limits
+    across, up = xs[high.any(0)], ys[high.any(1)]
+    room = 0.03 * span  # a point of the grid is a hundredth of it
+    low = torch.minimum(limits[0], torch.stack([across[0], up[0]]) - room)
+    return torch.stack([low, torch.maximum(limits[1], torch.stack([across[-1], up[-1]]) + room)])
 
 
 def _draw_curve(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from PIL import Image
 
 from tgmm_nn import checks
 
-__all__ = ["Mark", "add_legend", "animate", "label", "mark", "new_axes", "save"]
+__all__ = ["Mark", "animate", "count", "dot", "mark", "new_axes", "save"]
 
 # Okabe and Ito, Color universal design, 2008, without the yellow, which is lost on white.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
@@ -75,35 +74,29 @@ def percent(share: float) -> str:
     return f"{100 * share:.{int(0 < abs(share) < 0.0095)}f} %"
 
 
-def label(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
-    """Name what is seen; a title that is wider than its axes goes on in a new line."""
-    inches = ax.get_window_extent().width / ax.figure.dpi
-    letters = max(20, int(72 * inches / (0.56 * float(ax.title.get_fontsize()))))
-    ax.set(xlabel=xlabel, ylabel=ylabel)
-    # To look for a place of its own above ticks at the top takes a title as long as all the rest of a layout.
-    place = 1.0 if ax.xaxis.get_ticks_position() in {"bottom", "default"} else None
-    ax.set_title("\n".join(textwrap.fill(line, letters) for line in title.split("\n")), y=place)
+def number(value: float, digits: int = 4) -> str:
+    """Return a number as text with a true minus, as the ticks of axes have it.
+
+    Example:
+        >>> number(-40.612, 3)
+        '−40.6'
+    """
+    return f"{value:.{digits}g}".replace("-", "−")
 
 
-def add_legend(
-    ax: Axes, handles: Sequence[Any] | None = None, title: str | None = None, *, below: bool = False
-) -> None:
-    """Explain marks, beside the axes or below and so never over the data; nothing where there is nothing to explain."""
-    handles = list(ax.get_legend_handles_labels()[0] if handles is None else handles)
-    if handles:
-        columns = 3 if below else -(-len(handles) // 16)
-        anchor, pad = ((0.0, 0.0), 4.2) if below else ((1.01, 1.0), 0.0)
-        ax.legend(
-            handles=handles, title=title, fontsize=10, ncols=columns, frameon=False, loc="upper left",
-            bbox_to_anchor=anchor, borderaxespad=pad,
-        )  # fmt: skip
+def count(n: int, what: str) -> str:
+    """Return a number of things as text.
+
+    Example:
+        >>> count(1, "row"), count(1200, "row")
+        ('1 row', '1,200 rows')
+    """
+    return f"{n:,} {what}{'s'[: n != 1]}"
 
 
-def dots(numbers: Sequence[int], names: Mapping[int, str]) -> list[Line2D]:
-    """Return what a legend shows for numbered points: a name, or the number itself."""
-    return [
-        Line2D([], [], ls="", color=mark(n).color, marker=mark(n).marker, label=names.get(n, str(n))) for n in numbers
-    ]
+def dot(number: int, name: str) -> Line2D:
+    """Return what a legend shows for the points with a mark."""
+    return Line2D([], [], ls="", color=mark(number).color, marker=mark(number).marker, label=name)
 
 
 def save(ax: Axes, file: str | os.PathLike[str]) -> None:

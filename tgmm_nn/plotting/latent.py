@@ -8,17 +8,20 @@ from typing import Any
 
 import torch
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.patches import Ellipse
 from torch import Tensor
 
 from tgmm_nn import checks
 from tgmm_nn.mixture import GaussianMixture
-from tgmm_nn.plotting.figures import SIZE, add_legend, dots, label, mark, new_axes
+from tgmm_nn.plotting.figures import SIZE, count, dot, mark, new_axes
+from tgmm_nn.plotting.marks import component_marks, match_labels, spread_marks
+from tgmm_nn.plotting.places import MOST_NAMES, add_legend, is_small, label
 from tgmm_nn.plotting.planes import EMPTY, Plane, check_fitted, limits_of, principal_plane, to_labels, to_rows
 
 __all__ = ["plot_latent", "plot_samples"]
 
-MOST_NAMES = 32
+NO_LABEL, GREY = -1, "0.5"
 # Size of the largest curve with dashes, in pictures.
 MOST_DASHED = 1e3
 
@@ -30,6 +33,7 @@ def plot_latent(
     *,
     n_std: Sequence[float] = (1.0, 2.0),
     names: Mapping[int, str] | None = None,
+    marks: Mapping[int, int] | None = None,
     plane: Plane | None = None,
     limits: Tensor | None = None,
     title: str | None = None,
@@ -38,18 +42,22 @@ def plot_latent(
     r"""Scatter rows in a plane, with each component's ellipses; of one feature, draw their histogram and densities.
 
     A component projects to :math:`N(V^\top (\mu - m), V^\top \Sigma V)`: its ellipses are the curves of equal density
-    of that at ``n_std`` standard deviations, and its number stands at its mean, or beside it on a thread where numbers
-    would overlap. Rows have a colour and a marker for each label. A component of less than a hundredth of an equal
-    weight is drawn dotted and in grey, without bounds to the picture, and called empty. A mixture that is not fitted
-    shows no ellipses, and the title says so.
+    of that at ``n_std`` standard deviations, and its name, "c0" and so on, stands at its mean, or beside it on a thread
+    where names would overlap. Rows have a colour and a marker for each component, or for each label: a label has those
+    of the component that is matched to it, as in `MatchedAccuracy`, so that equal marks mean agreement, and the legend
+    names the component. Components that are near each other have different colours. A component of less than a
+    hundredth of an equal weight is drawn dotted and in grey, without bounds to the picture, and called empty. A mixture
+    that is not fitted shows no ellipses, and the title says so.
 
     Args:
         gmm: Mixture of d features.
         x: Finite rows, shape ``(n, d)``.
-        labels: Integer of each row, shape ``(n,)``, which colours it; None takes the most probable component.
+        labels: Integer of each row, shape ``(n,)``, which colours it; a negative one is none, and grey. None takes the
+            most probable component.
         n_std: Radii of the ellipses in standard deviations. Two standard deviations hold 86 % of a Gaussian in the
             plane, and 95 % along a line.
         names: What the legend calls a label, where that is not its number.
+        marks: Number of the mark of each label or, without labels, of each component; None chooses as told above.
         plane: Where to draw; None takes the principal plane of ``x``.
         limits: Smallest and largest coordinates that are shown, shape ``(2, 2)``; None shows all rows. Of one feature
             only the first column is used.
@@ -67,32 +75,43 @@ def plot_latent(
         >>> x = torch.cat([torch.randn(100, 3), torch.randn(100, 3) + 6])
         >>> ax = plot_latent(GaussianMixture(2, 3, random_state=0).fit(x), x)
         >>> print(ax.get_title().replace("\n", " "))
-        Rows by most probable component; ellipses at 1 and 2 sd
+        Rows by component; ellipses at 1 and 2 sd
         >>> len(ax.patches)
         4
     """
     if not isinstance(gmm, GaussianMixture):
         raise TypeError(f"Expected `gmm` to be a GaussianMixture, but got {type(gmm).__name__}.")
     n_std = check_radii(n_std)
-    x, ax = to_rows(x, gmm.n_features), ax or new_axes(size=SIZE)[0]
-    own_colors = labels is None
-    if not own_colors:
-        labels = to_labels(labels, len(x))
-    elif gmm.fitted_:
-        labels = gmm.predict(x).cpu()
+    x, own_colors = to_rows(x, gmm.n_features), labels is None
+    components = gmm.predict(x).cpu() if gmm.fitted_ else None
+    labels = components if own_colors else to_labels(labels, len(x))
+    if ax is None:
+        ax = new_axes(size=(6.2, 5.6) if own_colors and gmm.n_features > 1 else (SIZE[0] + legend_room(labels), 5.2))[0]
     plane = plane or principal_plane(x)
     flat = plane.project_mixture(gmm) if gmm.fitted_ else None
     points = plane.project(x)
     limits = limits_of(points, flat, max(n_std, default=0.0)) if limits is None else limits
+    of_components = {} if flat is None else component_marks(flat.means_)
+    matched = {} if own_colors or components is None or marks is not None else match_labels(components, labels)
+    if own_colors:
+        marks = of_components = {**of_components, **(marks or {})}
+    elif marks is None:
+        values = labels.unique().tolist()
+        marks = {v: v for v in values} if flat is None else spread_marks(values, matched, of_components)
+    called = {} if own_colors else _called(labels, names or {}, matched, "class " if gmm.n_features == 1 else "")
     if gmm.n_features == 1:
-        _draw_line(ax, points[:, 0], None if own_colors else labels, names or {}, flat, limits)
-    else:
-        draw_points(ax, points, labels)
+        _draw_line(ax, points[:, 0], None if own_colors else labels, marks, called, limits)
         if flat is not None:
-            _draw_components(ax, flat, n_std, limits, own_colors=own_colors)
+            _draw_densities(ax, flat, of_components, limits)
+        ax.set(xlim=limits[:, 0].tolist())
+        add_legend(ax)
+    else:
+        draw_points(ax, points, labels, marks)
+        if flat is not None:
+            _draw_components(ax, flat, n_std, limits, of_components if own_colors else None)
         frame(ax, limits)
-        if not own_colors:
-            _explain(ax, labels, names or {})
+        if called:
+            add_legend(ax, _explained(called, marks), title=_heading(names, matched))
     title = _described(gmm, n_std, own_colors=own_colors) if title is None else title
     started = "" if flat is not None else " (mixture not started)"
     label(ax, title + started, plane.names[0], plane.names[1] if gmm.n_features > 1 else "density")
@@ -142,13 +161,23 @@ def plot_samples(
     plane = plane or principal_plane(x)
     generator = torch.Generator(gmm.means_.device).manual_seed(seed)
     samples, components = gmm.sample(n_samples, generator=generator)
-    limits = limits_of(torch.cat([plane.project(x), plane.project(samples)]), None, 0.0)
-    plot_latent(gmm, x, n_std=(), plane=plane, limits=limits, title=f"{len(x):,} rows of the data", ax=axes[0])
-    title = f"{n_samples:,} samples of the mixture"
+    shown: dict[str, Any] = {
+        "n_std": (),
+        "plane": plane,
+        "limits": limits_of(torch.cat([plane.project(x), plane.project(samples)]), None, 0.0),
+        "marks": component_marks(plane.project_mixture(gmm).means_),
+    }
+    plot_latent(gmm, x, **shown, title=count(len(x), "row") + " of the data", ax=axes[0])
+    title = count(n_samples, "sample") + " of the mixture"
     own = components if gmm.n_features > 1 else None
-    names = {k: f"component {k}" for k in range(gmm.n_components)}
-    plot_latent(gmm, samples, own, n_std=(), names=names, plane=plane, limits=limits, title=title, ax=axes[1])
+    names = {k: f"component c{k}" for k in range(gmm.n_components)}
+    plot_latent(gmm, samples, own, names=names, title=title, ax=axes[1], **shown)
     return axes
+
+
+def legend_room(labels: Any) -> float:
+    """Return the inches that further columns of a legend of labels take, beyond its first."""
+    return 0.0 if labels is None else 1.3 * ((min(len(set(labels.tolist())), MOST_NAMES + 1) - 1) // 16)
 
 
 def check_radii(n_std: Any) -> tuple[float, ...]:
@@ -161,15 +190,16 @@ def check_radii(n_std: Any) -> tuple[float, ...]:
     return radii
 
 
-def draw_points(ax: Axes, points: Tensor, labels: Tensor | None) -> None:
-    """Scatter points, of each label with its mark; grey ones where there are no labels."""
+def draw_points(ax: Axes, points: Tensor, labels: Tensor | None, marks: Mapping[int, int]) -> None:
+    """Scatter points, of each label with its mark; small grey ones where there is no label."""
     size = min(22.0, max(8.0, 3e4 / len(points)))
-    if labels is None:
-        ax.scatter(points[:, 0], points[:, 1], s=size / 2, alpha=0.5, linewidths=0, c="0.5")
-        return
+    labels = torch.full((len(points),), NO_LABEL) if labels is None else labels.clamp(min=NO_LABEL)
     for value in labels.unique().tolist():
-        of = points[labels == value]
-        ax.scatter(of[:, 0], of[:, 1], s=size, alpha=0.55, linewidths=0, c=mark(value).color, marker=mark(value).marker)
+        of, look = points[labels == value], mark(marks.get(value, 0))
+        if value == NO_LABEL:
+            ax.scatter(of[:, 0], of[:, 1], s=size / 2, alpha=0.5, linewidths=0, c=GREY)
+        else:
+            ax.scatter(of[:, 0], of[:, 1], s=size, alpha=0.55, linewidths=0, c=look.color, marker=look.marker)
 
 
 def frame(ax: Axes, limits: Tensor) -> None:
@@ -179,19 +209,22 @@ def frame(ax: Axes, limits: Tensor) -> None:
     ax.set_aspect("equal", adjustable="datalim" if right - left < 1e-9 else "box")
 
 
-def number_components(ax: Axes, flat: GaussianMixture, anchors: Tensor, gap: tuple[float, float]) -> None:
-    """Write each component's number at its place, or beside it on a thread where two would overlap."""
+def name_components(ax: Axes, flat: GaussianMixture, anchors: Tensor, gap: tuple[float, float]) -> None:
+    """Write each component's name at its place, or beside it on a thread from a dot there where two would overlap."""
     scale = torch.tensor(gap, dtype=anchors.dtype)
     places = spread(anchors / scale) * scale
     empty = flat.weights_ * flat.n_components < EMPTY
     for k, (place, anchor) in enumerate(zip(places.tolist(), anchors.tolist(), strict=True)):
-        text = f"{k} (empty)" if empty[k] else str(k)
+        text = f"c{k} (empty)" if empty[k] else f"c{k}"
         box = {"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.8}
-        thread = {"arrowstyle": "-", "lw": 0.9, "color": "black", "shrinkA": 0, "shrinkB": 0}
+        thread = {"arrowstyle": "-", "lw": 0.7, "color": "0.25", "shrinkA": 0, "shrinkB": 0}
         moved = math.dist(place, anchor) > 1e-6 * math.hypot(*gap)
+        if moved:
+            ax.plot(*anchor, marker="o", ms=4, color="black", mec="white", mew=0.8, zorder=5)
         ax.annotate(
-            text, anchor, place, ha="center", va="center", weight="bold", bbox=box, zorder=5,
-            fontsize=11, color="0.45" if empty[k] else "black", arrowprops=thread if moved else None,
+            text, anchor, place, ha="center", va="center", weight="bold", bbox=box, zorder=6,
+            fontsize=7 if is_small(ax) else 11, color="0.45" if empty[k] else "black",
+            arrowprops=thread if moved else None,
         )  # fmt: skip
 
 
@@ -223,7 +256,7 @@ def _described(gmm: GaussianMixture, n_std: Sequence[float], *, own_colors: bool
     """Return what a picture of rows and components shows."""
     if not gmm.fitted_:
         return "Rows" if own_colors else "Rows by class"
-    rows = "most probable component" if own_colors else "class"
+    rows = "component" if own_colors else "class"
     if gmm.n_features == 1:
         return ("Rows" if own_colors else "Rows by class") + ", and the density of each component"
     radii = " and ".join(f"{radius:g}" for radius in n_std)
@@ -232,20 +265,20 @@ def _described(gmm: GaussianMixture, n_std: Sequence[float], *, own_colors: bool
 
 
 def _draw_components(
-    ax: Axes, flat: GaussianMixture, n_std: Sequence[float], limits: Tensor, *, own_colors: bool
+    ax: Axes, flat: GaussianMixture, n_std: Sequence[float], limits: Tensor, marks: Mapping[int, int] | None
 ) -> None:
-    """Add each component's ellipses and number, in the colour of its rows or in black."""
+    """Add each component's ellipses and name, with the mark of its rows or in black."""
     empty, span = flat.weights_ * flat.n_components < EMPTY, float((limits[1] - limits[0]).max())
     for k, centre in enumerate(flat.means_.tolist()):
-        color, line = (mark(k).color, mark(k).line) if own_colors else ("black", "-")
+        color, line = ("black", "-") if marks is None else (mark(marks[k]).color, mark(marks[k]).line)
         for radius in n_std:
             ellipse = _ellipse(centre, flat.covariances_[k], radius)
             # Matplotlib makes every dash, in the picture or not: of a curve of a million pictures it would not end.
             dashes = (":" if empty[k] else line) if max(ellipse.width, ellipse.height) < MOST_DASHED * span else "-"
-            ellipse.set(ec="0.5" if empty[k] else color, ls=dashes, zorder=4)
+            ellipse.set(ec=GREY if empty[k] else color, ls=dashes, zorder=4)
             ax.add_patch(ellipse)
     if n_std:
-        number_components(ax, flat, flat.means_, (0.062 * span, 0.05 * span))
+        name_components(ax, flat, flat.means_, (0.075 * span, 0.05 * span))
 
 
 def _ellipse(centre: Sequence[float], covariance: Tensor, radius: float) -> Ellipse:
@@ -257,46 +290,56 @@ def _ellipse(centre: Sequence[float], covariance: Tensor, radius: float) -> Elli
     return Ellipse((x, y), width, height, angle=angle, fill=False, lw=1.8 / max(1.0, radius) ** 0.5)
 
 
-def _explain(ax: Axes, labels: Tensor, names: Mapping[int, str]) -> None:
-    """Add a legend of the labels, where there are not too many to tell apart."""
-    values = labels.unique().tolist()
-    if len(values) <= MOST_NAMES:
-        add_legend(ax, dots(values, names), title=None if names else "class")
+def _called(labels: Tensor, names: Mapping[int, str], matched: Mapping[int, int], what: str) -> dict[int, str]:
+    """Return what a legend calls labels: a name or what they are, and the component that is matched."""
+    values = labels[labels >= 0].unique().tolist()
+    called = {v: names.get(v, f"{what}{v}") + (f" (c{matched[v]})" if v in matched else "") for v in values}
+    return called if bool((labels >= 0).all()) else {NO_LABEL: "no label", **called}
+
+
+def _heading(names: Mapping[int, str] | None, matched: Mapping[int, int]) -> str | None:
+    """Return what stands above the names of labels."""
+    return "class (component\nmatched to it)" if matched else None if names else "class"
+
+
+def _explained(called: Mapping[int, str], marks: Mapping[int, int]) -> list[Line2D]:
+    """Return what a legend shows of labels."""
+    grey = Line2D([], [], ls="", marker="o", ms=4, color=GREY, label="no label")
+    return [grey if value == NO_LABEL else dot(marks[value], text) for value, text in called.items()]
 
 
 def _draw_line(
     ax: Axes,
     points: Tensor,
     labels: Tensor | None,
-    names: Mapping[int, str],
-    flat: GaussianMixture | None,
+    marks: Mapping[int, int],
+    called: Mapping[int, str],
     limits: Tensor,
 ) -> None:
-    """Draw the histogram of one feature, by labels where there are some, and the density with its components."""
+    """Draw the histogram of one feature, by labels where there are some."""
     low, high = limits[:, 0].tolist()
-    values = [0] if labels is None else labels.unique().tolist()
-    parts = [points if labels is None else points[labels == value] for value in values]
-    colors = ["0.85"] if labels is None else [mark(value).color for value in values]
-    called = ["rows"] if labels is None else [names.get(value, f"class {value}") for value in values]
-    bins, data = torch.linspace(low, high, 51, dtype=torch.float64).tolist(), [part.numpy() for part in parts]
-    ax.hist(data, bins, density=True, stacked=True, color=colors, alpha=0.6, label=called)
-    for value, group in zip(values, ax.containers, strict=True):
+    labels = torch.full((len(points),), NO_LABEL) if labels is None else labels.clamp(min=NO_LABEL)
+    values = labels.unique().tolist()
+    looks = [mark(marks[value]) if value != NO_LABEL else None for value in values]
+    colors = ["0.85" if look is None else look.color for look in looks]
+    names = [called.get(value, "rows") for value in values]
+    bins = torch.linspace(low, high, 51, dtype=torch.float64).tolist()
+    data = [points[labels == value].numpy() for value in values]
+    ax.hist(data, bins, density=True, stacked=True, color=colors, alpha=0.6, label=names)
+    for look, group in zip(looks, ax.containers, strict=True):
         for bar in group.get_children():
-            bar.set(hatch="" if labels is None else mark(value).hatch, ec="white", lw=0.0)
-    if flat is not None:
-        _draw_densities(ax, flat, low, high)
-    ax.set(xlim=(low, high))
-    add_legend(ax)
+            bar.set(hatch="" if look is None else look.hatch, ec="white", lw=0.0)
 
 
-def _draw_densities(ax: Axes, flat: GaussianMixture, low: float, high: float) -> None:
+def _draw_densities(ax: Axes, flat: GaussianMixture, marks: Mapping[int, int], limits: Tensor) -> None:
     """Draw the density of a mixture of one feature, and what each of its components adds to it."""
+    low, high = limits[:, 0].tolist()
     grid = torch.linspace(low, high, 500, dtype=torch.float64)[:, None]
     for k, values in enumerate(flat.log_joint(grid).exp().mT):
-        ax.plot(grid[:, 0], values, color=mark(k).color, ls=mark(k).line, lw=1.6)
+        ax.plot(grid[:, 0], values, color=mark(marks[k]).color, ls=mark(marks[k]).line, lw=1.6)
     density = flat(grid).exp()
     ax.plot(grid[:, 0], density, color="black", lw=2.2, label="mixture")
     peaks = flat.log_joint(flat.means_).exp().diagonal()
     anchors = torch.stack([flat.means_[:, 0].clamp(low, high), peaks], -1)
     top = max(float(density.max()), ax.get_ylim()[1])
-    number_components(ax, flat, anchors, (0.06 * (high - low), 0.05 * top))
+    name_components(ax, flat, anchors, (0.07 * (high - low), 0.05 * top))

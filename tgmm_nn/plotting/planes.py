@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -140,7 +141,13 @@ def to_rows(x: Any, n_features: int | None = None, name: str = "x") -> Tensor:
 
 def to_labels(labels: Any, n: int, name: str = "labels") -> Tensor:
     """Return one integer for each of n rows, shape ``(n,)``, on the CPU, or raise."""
-    values = checks.to_tensor(name, labels, torch.float32).detach().cpu()
+    if not isinstance(labels, Tensor) and np.asarray(labels).dtype.kind in "USO":
+        raise TypeError(
+            f"Expected `{name}` to hold integers, but got {np.asarray(labels).ravel()[:3].tolist()}; number the rows "
+            f"and give what a number means by `names=`, such as {{0: 'cat', 1: 'dog'}}."
+        )
+    kept = labels if hasattr(labels, "__array__") else np.asarray(labels)  # a list of integers holds integers
+    values = checks.to_tensor(name, kept, torch.float32).detach().cpu()
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise TypeError(f"Expected `{name}` to hold integers, but got {values.dtype}.")
     if tuple(values.shape) != (n,):

@@ -13,7 +13,8 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 from torch import Tensor
 
 from tgmm_nn import checks
-from tgmm_nn.plotting.figures import SIZE, add_legend, label, mark, new_axes, percent
+from tgmm_nn.plotting.figures import SIZE, mark, new_axes, number, percent
+from tgmm_nn.plotting.places import add_colorbar, add_legend, is_small, label
 
 __all__ = ["plot_contingency", "plot_images", "plot_reliability", "plot_scores"]
 
@@ -62,15 +63,17 @@ def plot_contingency(
     ax = ax or new_axes()[0]
     largest = max(int(table.max()), 1)
     image = ax.imshow(table.numpy(), cmap="Greys", vmin=0, vmax=largest, aspect="auto")
-    ax.figure.colorbar(image, ax=ax, label="number of rows")
+    add_colorbar(image, ax, "number of rows")
     _name_ticks(ax.yaxis, "clusters", clusters, table.shape[0])
     _name_ticks(ax.xaxis, "classes", classes, table.shape[1])
     if max(table.shape) <= 15:
         for k, c in torch.ones_like(table).nonzero().tolist():
-            number = int(table[k, c])
-            color = "white" if 2 * number > largest else "black"
+            rows = int(table[k, c])
+            color = "white" if 2 * rows > largest else "black"
             # It stands inside: the layout need not ask for its size.
-            ax.text(c, k, str(number), ha="center", va="center", fontsize=10, color=color).set_in_layout(False)
+            ax.text(
+                c, k, str(rows), ha="center", va="center", fontsize=7 if is_small(ax) else 10, color=color
+            ).set_in_layout(False)
     label(ax, title, xlabel, ylabel)
     return ax
 
@@ -125,8 +128,8 @@ def plot_reliability(
     ax.plot([0, 1], [0, 1], ls="--", color="0.4", label="calibrated")
     ax.plot(confidence.tolist(), accuracy.tolist(), marker="o", color=mark(0).color, label="accuracy of a bin")
     ax.set(xlim=(0, 1), ylim=(0, 1.02))
-    label(ax, f"{title} calibration error {float(error):.3f}".strip(), "confidence", "accuracy")
     add_legend(ax)
+    label(ax, f"{title} calibration error {float(error):.3f}".strip(), "confidence", "accuracy")
     return ax
 
 
@@ -140,8 +143,9 @@ def plot_scores(
 ) -> Axes:
     """Draw a histogram of the scores of each group of rows, and where a threshold lies.
 
-    The largest 2 % of all scores would leave no room for the rest: they are counted in the last bar, which the label of
-    the axis says. With a threshold the legend says which share of each group is above it.
+    Groups are outlines with a style and a hatch of their own, so that they can be told apart where they overlap. The
+    largest 2 % of all scores would leave no room for the rest: they are counted in the last bar, which the legend says.
+    With a threshold it says which share of each group is above it.
 
     Args:
         scores: Finite scores of each group, shape ``(n,)``, by its name.
@@ -159,7 +163,7 @@ def plot_scores(
 
     Example:
         >>> ax = plot_scores({"in": [1.0, 2.0, 3.0], "out": [6.0, 9.0]}, threshold=5.0, xlabel="distance")
-        >>> print([text.get_text() for text in ax.get_legend().get_texts()])
+        >>> print([text.get_text() for text in ax.get_legend().get_texts()[:3]])
         ['in: 0 % above', 'out: 100 % above', 'threshold 5']
     """
     groups = _groups(scores)
@@ -168,16 +172,19 @@ def plot_scores(
     low, high = float(everything[0]), float(everything[int(0.98 * (len(everything) - 1))])
     high = max(high, low + 1e-6 * max(1.0, abs(low)))
     bins = torch.linspace(low, high, 41).tolist()
-    for number, (name, values) in enumerate(groups.items()):
+    for place, (name, values) in enumerate(groups.items()):
         above = "" if threshold is None else f": {percent(float((values > threshold).double().mean()))} above"
-        look: dict[str, Any] = {"color": mark(number).color, "hatch": mark(number).hatch, "ec": "white", "lw": 0.3}
-        share = torch.full_like(values, 100 / len(values)).numpy()
-        ax.hist(values.clamp(max=high).numpy(), bins, weights=share, alpha=0.6, label=name + above, **look)
+        color, _, line, hatch = mark(place)
+        heights = torch.histogram(values.clamp(max=high), torch.tensor(bins, dtype=torch.float64)).hist
+        share = (100 / len(values) * heights).tolist()
+        ax.stairs(share, bins, fill=True, fc="none", ec=color, hatch=hatch, lw=0.0)
+        ax.stairs(share, bins, color=color, ls=line, lw=2.0, label=name + above)
     if threshold is not None:
-        ax.axvline(threshold, color="black", ls="--", lw=1.8, label=f"threshold {threshold:.4g}")
-    cut = f"\n(the last bar holds all above {bins[-2]:.4g})" if float(everything[-1]) > high else ""
-    label(ax, title, xlabel + cut, "rows of the group, %")
+        ax.axvline(threshold, color="black", ls="--", lw=1.8, label=f"threshold {number(threshold)}")
+    if float(everything[-1]) > high:
+        ax.plot([], [], ls="", label=f"the last bar holds\nall above {number(bins[-2])}")
     add_legend(ax)
+    label(ax, title, xlabel, "rows of the group, %")
     return ax
 
 
