@@ -38,14 +38,8 @@ class EmbeddingClustering(lightning.LightningModule):
         return rows
 
     def on_fit_start(self) -> None:
-        """Raise if the mixture does not fit the rows in width or number, before any time is spent."""
-        data = getattr(self.trainer, "datamodule", None)
-        check_components(self.gmm, data)
-        if isinstance(data, RowsDataModule) and data.n_features != self.gmm.n_features:
-            raise ValueError(
-                f"Expected `gmm` of {data.n_features} features, those of {data.rows.source}, but got "
-                f"{self.gmm.n_features}; set gmm.n_features={data.n_features}, as experiment=embeddings does by itself."
-            )
+        """Raise if the data have fewer rows than the mixture has components, before any time is spent."""
+        check_components(self.gmm, getattr(self.trainer, "datamodule", None))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Pass a batch by the mixture, and count a step."""
