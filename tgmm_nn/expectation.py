@@ -215,7 +215,9 @@ def moment_statistics(
         within = [covariance.whitened_second(rows[None], shares.weight[None])] if covariance.tied else []
         return (*_totals(shares), moments, *within)
 
-    size = chunk_size or rows_per_chunk(max(theta.shape), dtype.itemsize)
+    # Products of features take an operation for each of them in a chunk, which pay in larger ones.
+    wanted = 1 if covariance.is_narrow(n_features) else 2
+    size = chunk_size or wanted * rows_per_chunk(max(theta.shape), dtype.itemsize)
     log_likelihood, classification, rows, moments, *within = _sum_of_chunks(
         sums, chunks(size, x, sample_weight, log_prior), wide
     )
