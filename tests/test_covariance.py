@@ -265,6 +265,19 @@ def test_products_over_blocks_of_a_triangle_are_the_products_of_whole_matrices(n
     assert_near(back, covariance.pool((away * r[..., None]).mT @ away), 1e-10)
 
 
+@pytest.mark.parametrize("d", [3, 130])
+def test_the_gradient_of_a_root_is_that_of_the_inverse(d, generator):
+    """The oracle is autograd through `torch.linalg.inv`; large matrices go by blocks where no gradient is asked for."""
+    factor = torch.eye(d).double() + 0.01 * torch.randn(2, d, d, generator=generator).double()
+    factor = factor.triu().requires_grad_()
+    gradients = []
+    for root in (COVARIANCES["full"].root(factor), torch.linalg.inv(factor.mT)):
+        gradients += torch.autograd.grad(root.pow(3).sum(), factor)
+    assert_near(gradients[0].triu(), gradients[1].triu(), 1e-10)
+    with torch.no_grad():
+        assert_near(COVARIANCES["full"].root(factor), torch.linalg.inv(factor.mT), 1e-12)
+
+
 def test_structures_are_frozen_and_equal_by_value(covariance):
     assert covariance == type(covariance)(tied=covariance.tied)
     with pytest.raises(AttributeError):

@@ -79,13 +79,28 @@ def symmetric(rows: Sequence[Tensor]) -> Tensor:
 def inverse_of_lower(lower: Tensor) -> Tensor:
     """Return the inverse of each lower triangular matrix, by halves, so that large ones are products.
 
-    By triangular solves at the bottom: batched LU can fail inside MKL.
+    By triangular solves at the bottom, and where a gradient is recorded, which forbids to write into parts of a matrix:
+    batched LU can fail inside MKL.
     """
-    d = lower.shape[-1]
-    if d <= BLOCK:
-        eye = torch.eye(d, dtype=lower.dtype, device=lower.device)
-        return torch.linalg.solve_triangular(lower, eye, upper=False)
-    first, last = inverse_of_lower(lower[..., : d // 2, : d // 2]), inverse_of_lower(lower[..., d // 2 :, d // 2 :])
-    below = -last @ (lower[..., d // 2 :, : d // 2] @ first)
-    above = torch.zeros_like(below.mT)
-    return torch.cat([torch.cat([first, above], -1), torch.cat([below, last], -1)], -2)
+    if lower.shape[-1] <= BLOCK or torch.is_grad_enabled():
+        return _solved(lower)
+    inverse = torch.zeros_like(lower)
+    _invert(lower, inverse)
+    return inverse
+
+
+def _invert(lower: Tensor, out: Tensor) -> None:
+    """Write the inverse into a part of a matrix of zeros: fresh large arrays take longer than the products."""
+    if lower.shape[-1] <= BLOCK:
+        out.copy_(_solved(lower))
+        return
+    first, last = slice(0, lower.shape[-1] // 2), slice(lower.shape[-1] // 2, None)
+    for half in (first, last):
+        _invert(lower[..., half, half], out[..., half, half])
+    below = out[..., last, last] @ (lower[..., last, first] @ out[..., first, first])
+    out[..., last, first] = below.neg_()
+
+
+def _solved(lower: Tensor) -> Tensor:
+    eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+    return torch.linalg.solve_triangular(lower, eye, upper=False)
