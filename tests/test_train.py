@@ -280,6 +280,7 @@ def test_a_resume_refuses_what_the_checkpoint_decides_and_takes_the_rest(train, 
     for option, name, was, by, how in (
         ("model.learning_rate=0.5", "", "0.001, but got 0.5", "optimizer", "set model.learning_rate=0.001, or start"),
         ("model.weight_decay=0", "", "1e-05, but got 0", "optimizer", "set model.weight_decay=1e-05, or start anew"),
+        ("gmm.n_components=7", "", "10, but got 7", "mixture", "set gmm.n_components=10, or start anew without"),
         ("gmm.n_init=7", "", "1, but got 7", "mixture, as it was started,", "set gmm.n_init=1, or start anew without"),
         (
             "experiment=digits_vade",
@@ -298,6 +299,11 @@ def test_a_resume_refuses_what_the_checkpoint_decides_and_takes_the_rest(train, 
         SystemExit, match=r"^Expected the model and data that `ckpt_path` .* size mismatch for .*; give"
     ):
         train(*DEBUG, ckpt, "model.encoder.sizes=[64,32,10]", folder="refused")
+    with pytest.raises(
+        SystemExit, match=r"^Expected `trainer.max_epochs` above the epochs that .*, but got 1; raise it"
+    ):
+        train(*DEBUG, ckpt, "trainer.max_epochs=1", folder="refused")
+    assert not (tmp_path / "refused").exists()
     np.savez(tmp_path / "wide.npz", x=np.eye(70))
     with pytest.raises(SystemExit, match=r"`x` of .*wide.npz with 64 features, .* but got 70; name rows .* data.path"):
         train(*DEBUG, ckpt, "data=npz", f"data.path={tmp_path / 'wide.npz'}")

@@ -15,6 +15,8 @@ __all__ = ["check_resume", "check_width", "config_of"]
 # What a resume takes from the checkpoint whatever the config says, and what carries it there.
 RESTORED = {
     "model._target_": "the model",
+    "gmm.n_components": "the mixture",
+    "gmm.covariance_type": "the mixture",
     "model.learning_rate": "the optimizer",
     "model.weight_decay": "the optimizer",
     "data.scale": "the scaling of the rows",

@@ -15,6 +15,7 @@ import lightning
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from tgmm_nn.experiments.drawing import plot_metrics
 from tgmm_nn.experiments.interrupt import InterruptCheckpoint
@@ -130,6 +131,13 @@ def fit(
     done = None if ckpt_path is None else read_checkpoint(ckpt_path)["global_step"]
     try:
         trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    except MisconfigurationException as error:
+        if "restored a checkpoint with current_epoch" not in str(error):
+            raise
+        raise ValueError(
+            f"Expected `trainer.max_epochs` above the epochs that {ckpt_path} has behind it, but got "
+            f"{trainer.max_epochs}; raise it to go on."
+        ) from error
     except (KeyboardInterrupt, SystemExit):
         where = f"Interrupted in epoch {trainer.current_epoch}"
         checkpoint = _latest_checkpoint(trainer)
