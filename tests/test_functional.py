@@ -7,6 +7,7 @@ import torch
 from oracles import assert_near, dense, distribution, joint, random_mixture, restrict
 
 from tgmm_nn import functional
+from tgmm_nn.covariance import COVARIANCES
 from tgmm_nn.expectation import blockwise_statistics, conditioning, expectation, moment_statistics, whitened_statistics
 from tgmm_nn.functional import Parameters
 from tgmm_nn.maximization import maximize
@@ -313,6 +314,35 @@ def test_the_sums_do_not_depend_on_the_chunk_size(family, moments, chunk_size, g
         x, mixture.parameters, mixture.covariance, weight, prior, moments=moments, chunk_size=size
     )
     assert_near(e_step(chunk_size)[:-1], e_step(None)[:-1])
+
+
+@pytest.mark.parametrize("moments", ["by shapes", "blocks"], indirect=True)
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_a_component_so_narrow_that_rows_overflow_in_its_units_leaves_their_sums_finite(chunk_size, moments, generator):
+    """Its share of them is 0, and 0 · inf would be nan."""
+    x = 1e18 * torch.randn(8, 2, generator=generator)
+    factor = torch.stack([1e30 * torch.eye(2), 1e-18 * torch.eye(2)])
+    parameters = Parameters(torch.full((2,), 0.5), torch.tensor([[-1e18, 0.0], [0.0, 0.0]]), factor)
+    sums = expectation(x, parameters, COVARIANCES["full"], moments=moments, chunk_size=chunk_size)
+    sums = sums.about(torch.zeros(2).double())
+    assert sums.count.tolist() == [0.0, 8.0]
+    wide = x.double()
+    torch.testing.assert_close(sums.second[1], wide.mT @ wide, rtol=1e-5, atol=1e30)
+    assert_near(sums.second[0], torch.zeros(2, 2).double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_an_e_step_can_be_mapped_over_batches(family, dtype, generator):
+    mixture = random_mixture(family, generator, n_features=3, dtype=dtype)
+    x = torch.stack([rows_of(mixture, 9, generator, dtype) for _ in range(2)])
+
+    def sums(rows):
+        return expectation(rows, mixture.parameters, mixture.covariance).sums()
+
+    with torch.no_grad():
+        for got, *expected in zip(torch.func.vmap(sums)(x), sums(x[0]), sums(x[1]), strict=True):
+            assert_near(got, torch.stack(expected), 1e-6)
 
 
 @FORMS

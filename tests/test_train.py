@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -299,10 +300,8 @@ def test_a_resume_refuses_what_the_checkpoint_decides_and_takes_the_rest(train, 
         SystemExit, match=r"^Expected the model and data that `ckpt_path` .* size mismatch for .*; give"
     ):
         train(*DEBUG, ckpt, "model.encoder.sizes=[64,32,10]", folder="refused")
-    with pytest.raises(
-        SystemExit, match=r"^Expected `trainer.max_epochs` above the epochs that .*, but got 1; raise it"
-    ):
-        train(*DEBUG, ckpt, "trainer.max_epochs=1", folder="refused")
+    with pytest.raises(SystemExit, match=r"^Expected `trainer.max_epochs` above the epochs that .*, but got 0"):
+        train(*DEBUG, ckpt, "trainer.max_epochs=0", folder="refused")
     assert not (tmp_path / "refused").exists()
     np.savez(tmp_path / "wide.npz", x=np.eye(70))
     with pytest.raises(SystemExit, match=r"`x` of .*wide.npz with 64 features, .* but got 70; name rows .* data.path"):
@@ -316,6 +315,23 @@ def test_a_resume_refuses_what_the_checkpoint_decides_and_takes_the_rest(train, 
         "gmm.reg_covar=0.2",
         folder="on",
     )
+
+
+def test_a_config_beside_a_checkpoint_that_is_no_yaml_is_one_sentence(train, finished, tmp_path):
+    copied = tmp_path / "copied" / "checkpoints"
+    copied.mkdir(parents=True)
+    shutil.copy(finished / "checkpoints" / "last.ckpt", copied)
+    (copied.parent / "config.yaml").write_text("a: [1")
+    with pytest.raises(SystemExit, match=r"^Expected the config.yaml of the run that saved .* but it is no YAML"):
+        train(*DEBUG, f"ckpt_path={copied / 'last.ckpt'}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_sweep_without_a_result_removes_its_own_folders_alone(train, tmp_path):
+    (tmp_path / "sweep" / "mine").mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        train("-m", *DEBUG, "gmm.n_components=-1,-2", folder="sweep")
+    assert {path.name for path in (tmp_path / "sweep").iterdir()} == {"mine", "multirun.yaml"}
 
 
 def test_a_resume_refuses_another_scaling_than_the_checkpoints(train, tmp_path):

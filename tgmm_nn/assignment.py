@@ -98,7 +98,7 @@ def responsibilities(
         usable = usable & torch.isfinite(sample_weight) & (sample_weight >= 0)
         weight = torch.where(usable, sample_weight, 0.0)
     if assignment.hard:
-        r = torch.zeros_like(r).scatter_(0, scores.argmax(0)[None], weight[None])
+        r = torch.zeros_like(r).scatter_(0, scores.argmax(0)[None], weight[None].to(r.dtype))
     else:
         r.mul_(weight / total)
     in_nats = weight / LOG2_E

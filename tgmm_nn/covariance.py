@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
-from tgmm_nn.structure import Covariance
+from tgmm_nn.structure import Covariance, writes_into_parts
 from tgmm_nn.triangular import blocks_of, inverse_of_lower
 
 __all__ = ["COVARIANCES", "Covariance", "Diagonal", "Full", "Spherical"]
@@ -112,7 +112,7 @@ class Full(Covariance):
 
     def features(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         d, n = x.shape
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # neither writes into a part of a tensor
+        if not writes_into_parts():
             first, second = torch.triu_indices(d, d, device=x.device).unbind()
             return torch.mul(x[first], x[second], out=out)
         x = x.contiguous()

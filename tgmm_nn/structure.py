@@ -20,7 +20,14 @@ from torch.distributions import Distribution
 
 from tgmm_nn import checks
 
-__all__ = ["LIFT", "Covariance"]
+__all__ = ["LIFT", "Covariance", "writes_into_parts"]
+
+
+def writes_into_parts() -> bool:
+    """Return whether a part of a tensor can be written into: by neither gradients, compiled code nor transforms."""
+    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return not (torch.is_grad_enabled() or transformed)
+
 
 # A covariance that cannot be factorised is lifted by this fraction of its mean variance: about the relative error that
 # sums of float32 products can carry, and small enough that a float32 factor still represents the result.
@@ -179,7 +186,7 @@ class Covariance(ABC):
         Without features where tied: what components have in common tells none apart.
         """
         n, d = rows.shape
-        if torch.compiler.is_compiling():  # which does not write into a part of a tensor
+        if not writes_into_parts():
             parts = [rows.new_ones(1, n), rows.mT, *([] if self.tied else [self.features(rows.mT)])]
             return torch.cat(parts)
         space = self._space(rows, 1 + d + (0 if self.tied else self.n_products(d)))

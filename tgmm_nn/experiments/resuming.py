@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
 from tgmm_nn.experiments.options import read_checkpoint
 from tgmm_nn.experiments.rows import RowsDataModule
@@ -31,7 +32,13 @@ def config_of(checkpoint: Path) -> DictConfig | None:
     """Return the config of the run that saved a checkpoint, which lies in its folder; None where it does not."""
     for folder in checkpoint.absolute().parents[:2]:
         if (folder / "config.yaml").is_file():
-            config = OmegaConf.load(folder / "config.yaml")
+            try:
+                config = OmegaConf.load(folder / "config.yaml")
+            except YAMLError as error:
+                raise ValueError(
+                    f"Expected the config.yaml of the run that saved {checkpoint} in {folder}, but it is no YAML; mend "
+                    "it, or move it away."
+                ) from error
             return config if isinstance(config, DictConfig) and "model" in config and "inputs" in config else None
     return None
 
@@ -69,7 +76,7 @@ def check_resume(cfg: DictConfig, data: RowsDataModule) -> None:
     started = _is_started(read_checkpoint(path)) and not cfg.em.get("refit")
     for name, part in (RESTORED | OF_START if started else RESTORED).items():
         group, _, key = name.partition(".")
-        if key not in saved[group] or key not in cfg[group]:
+        if key not in (saved.get(group) or {}) or key not in cfg[group]:
             continue
         was, wanted = OmegaConf.select(saved, name), OmegaConf.select(cfg, name)
         if was != wanted:

@@ -15,7 +15,7 @@ import lightning
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from tgmm_nn.experiments.drawing import plot_metrics
 from tgmm_nn.experiments.interrupt import InterruptCheckpoint

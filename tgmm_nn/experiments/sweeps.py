@@ -80,7 +80,7 @@ class SweepTable(Callback):
         runs = read_sweep(folder)
         left = _left(planned, [overrides for overrides, rows in runs if rows]) if interrupted else ""
         if not any(rows for _, rows in runs):
-            for path in [*folder.glob("*/"), folder]:
+            for path in [*(hydra.parent for hydra in folder.glob("*/.hydra")), folder]:
                 discard(path)
             print(left, end="\n" if left else "")
             return
