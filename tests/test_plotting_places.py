@@ -129,3 +129,17 @@ def test_a_single_picture_keeps_its_letters_and_a_panel_in_a_part_of_a_figure_ha
     panels = [PICTURES["classes"](part.subplots()) for part in parts]
     assert panels[0].title.get_fontsize() < size
     check(figure, panels)
+
+
+@pytest.mark.parametrize("layout", [None, "constrained", "tight"])
+def test_names_at_the_ends_of_lines_stand_within_narrow_axes(layout):
+    weights = torch.tensor([[0.1] * 10, [0.55, *[0.05] * 9]])
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout=layout)
+    for ax in axes:
+        plot_weights(weights, ax=ax)
+    figure.canvas.draw()
+    for ax in axes:
+        inside = ax.get_window_extent()
+        assert all(inside.x0 < text.get_window_extent().x0 for text in ax.texts)
+        assert all(text.get_window_extent().x1 < inside.x1 for text in ax.texts)
+    plt.close(figure)

@@ -302,16 +302,18 @@ def _draw_lines(ax: Axes, weights: Tensor, places: Sequence[float]) -> None:
     middle, half = (lowest + highest) / 2, max((highest - lowest) / 2, 5 / k) * 1.15
     ax.set_ylim(max(middle - half, -0.05 * highest), middle + half)
     left, right = _around(places)
-    end = right + (0.4 if is_small(ax) else 0.3) * (right - left)
+    small = 6 if is_small(ax) else 10
+    # Room for a thread and eleven letters, in axes that a layout may still make narrower.
+    share = min(0.5, (6.2 * small + 18) / (0.85 * 72 * ax.get_window_extent().width / ax.figure.dpi))
+    end = right + share / (1 - share) * (right - left)
     ax.set_xlim(left, end)
     ax.grid(alpha=0.3)
-    small = 6 if is_small(ax) else 10
     heights = _apart(shares[-1], *ax.get_ylim())
     for component, (height, value) in enumerate(zip(heights, shares[-1].tolist(), strict=True)):
         color = mark(component).color
         thread = {"arrowstyle": "-", "lw": 0.8, "color": color, "shrinkA": 0, "shrinkB": 0}
         ax.annotate(
-            f"c{component}  {value:.1f} %", (places[-1], value), (right + 0.07 * (right - left), height),
+            f"c{component}  {value:.1f} %", (places[-1], value), (right + 0.2 * (end - right), height),
             va="center", fontsize=small, arrowprops={**thread, "relpos": (0.0, 0.5)},
         )  # fmt: skip
 
