@@ -176,7 +176,7 @@ def test_a_run_writes_what_the_readme_lists_and_resumes(train, capsys):
 
 def test_another_mixture_than_the_checkpoints_is_one_message(train, finished):
     checkpoint = finished / "checkpoints" / "last.ckpt"
-    with pytest.raises(SystemExit, match=r"'covariance_type': 'diag'.*, but got one with .*'covariance_type': 'full'"):
+    with pytest.raises(SystemExit, match=r"`gmm.covariance_type` as the .* trained with, 'full', but got 'diag'"):
         train(*DEBUG, f"ckpt_path={checkpoint}", "gmm.covariance_type=diag")
 
 
