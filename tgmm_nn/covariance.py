@@ -114,7 +114,7 @@ class Full(Covariance):
         d, n = x.shape
         if not writes_into_parts():
             first, second = torch.triu_indices(d, d, device=x.device).unbind()
-            return torch.mul(x[first], x[second], out=out)
+            return x[first] * x[second]
         x = x.contiguous()
         pairs = x.new_empty(self.n_products(d), n) if out is None else out
         for i, rows in enumerate(pairs.split(list(range(d, 0, -1)))):

@@ -36,7 +36,6 @@ __all__ = [
     "conditioning",
     "expectation",
     "moment_statistics",
-    "moment_width",
     "whitened_statistics",
 ]
 
@@ -215,9 +214,9 @@ def moment_statistics(
         within = [covariance.whitened_second(rows[None], shares.weight[None])] if covariance.tied else []
         return (*_totals(shares), moments, *within)
 
-    # Products of features take an operation for each of them in a chunk, which pay in larger ones.
-    wanted = 1 if covariance.is_narrow(n_features) else 2
-    size = chunk_size or wanted * rows_per_chunk(max(theta.shape), dtype.itemsize)
+    size = chunk_size or rows_per_chunk(max(theta.shape), dtype.itemsize)
+    if not (chunk_size or covariance.is_narrow(n_features)):
+        size *= 2  # products of features take an operation for each of them in a chunk, which pay in larger ones
     log_likelihood, classification, rows, moments, *within = _sum_of_chunks(
         sums, chunks(size, x, sample_weight, log_prior), wide
     )
@@ -295,11 +294,6 @@ def blockwise_statistics(
     return _statistics(len(x), totals, count, first, second, origin, covariance)
 
 
-def moment_width(n_features: int, covariance: Covariance) -> int:
-    """Return how many numbers `moment_statistics` forms from a row; the other forms make K · d."""
-    return 1 + n_features + (0 if covariance.tied else covariance.n_parameters(n_features))
-
-
 def conditioning(scale: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
     r"""Return the squared range of the data in standard deviations of its narrowest component.
 
@@ -319,7 +313,7 @@ def conditioning(scale: Tensor, parameters: Parameters, covariance: Covariance) 
 def _is_wide(means: Tensor, covariance: Covariance, moments: bool) -> bool:
     """Return whether full matrices are many blocks, or the moments of a row too many to be formed."""
     n_features = means.shape[-1]
-    too_many = moment_width(n_features, covariance) > min(FORMED * means.numel(), WIDEST)
+    too_many = covariance.n_monomials(n_features) > min(FORMED * means.numel(), WIDEST)
     return n_features >= WIDE or (moments and too_many)
 
 

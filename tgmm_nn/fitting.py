@@ -188,7 +188,9 @@ class Expected(NamedTuple):
     rounding: float
 
 
-def expect(parameters: Parameters, data: Rows, found: Survey, options: Options, *, precise: bool = False) -> Expected:
+def expect(
+    parameters: Parameters, data: Rows, found: Survey, options: Options, *, rounding: float | None = None
+) -> Expected:
     r"""Make an E-step over all rows.
 
     It sums moments in the dtype of the rows where their rounding leaves half of its digits; elsewhere `expectation`
@@ -199,12 +201,12 @@ def expect(parameters: Parameters, data: Rows, found: Survey, options: Options, 
         data: Finite rows.
         found: What a first pass over them found.
         options: What shapes the run.
-        precise: Whether to take the form that is chosen by shapes anyhow.
+        rounding: That of moments, where it is known; infinity takes the form that is chosen by shapes anyhow.
 
     Raises:
         ValueError: If a stream gives other rows than in the first pass.
     """
-    rounding = math.inf if precise else rounding_of_moments(parameters, found, options)
+    rounding = rounding_of_moments(parameters, found, options) if rounding is None else rounding
     moments = leaves_half(rounding, found.dtype)
     how: dict[str, Any] = {"moments": moments, "chunk_size": options.chunk_size, "checked": data.streamed}
     sums = sum_over(data, parameters, options.covariance, assignment=HARD if options.cem else SOFT, **how)
@@ -231,18 +233,20 @@ def leaves_half(rounding: float, dtype: torch.dtype) -> bool:
 
 def maximize_from(
     expected: Expected, parameters: Parameters, data: Rows, found: Survey, options: Options
-) -> tuple[Statistics, Parameters]:
-    """Make an M-step; return the sums that it is made from as well.
+) -> tuple[Statistics, Parameters, float]:
+    """Make an M-step; return the sums that it is made from, and the rounding of moments at its end, as well.
 
     A component may become so narrow in one step that its covariance is what moments round away. The E-step is then made
     again in a precise form.
     """
-    new, singular = options.maximize_watched(expected.sums, parameters, found.dtype)
-    resolved = not expected.rounding or leaves_half(rounding_of_moments(new, found, options), found.dtype)
-    if resolved and not (expected.rounding and singular):
-        return expected.sums, new
-    sums = expect(parameters, data, found, options, precise=True).sums
-    return sums, options.maximize(sums, parameters)
+    sums = expected.sums
+    new, singular = options.maximize_watched(sums, parameters, found.dtype)
+    rounding = rounding_of_moments(new, found, options)
+    if expected.rounding and (singular or not leaves_half(rounding, found.dtype)):
+        sums = expect(parameters, data, found, options, rounding=math.inf).sums
+        new = options.maximize(sums, parameters)
+        rounding = rounding_of_moments(new, found, options)
+    return sums, new, rounding
 
 
 class Run(NamedTuple):
@@ -273,7 +277,7 @@ class Run(NamedTuple):
 
     def precise(self, data: Rows, found: Survey, options: Options) -> Run:
         """Return the run with its E-step in a precise form."""
-        expected = expect(self.parameters, data, found, options, precise=True)
+        expected = expect(self.parameters, data, found, options, rounding=math.inf)
         return self._replace(expected=expected, history=[*self.history[:-1], expected.objective])
 
     def is_over(self, options: Options) -> bool:
@@ -289,8 +293,8 @@ def begin(start: Parameters, data: Rows, found: Survey, options: Options, number
 
 def advance(run: Run, data: Rows, found: Survey, options: Options) -> Run:
     """Make one EM iteration of a run."""
-    statistics, parameters = maximize_from(run.expected, run.parameters, data, found, options)
-    expected = expect(parameters, data, found, options)
+    statistics, parameters, rounding = maximize_from(run.expected, run.parameters, data, found, options)
+    expected = expect(parameters, data, found, options, rounding=rounding)
     return Run(parameters, statistics, expected, [*run.history, expected.objective], run.number)
 
 

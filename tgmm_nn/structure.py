@@ -180,6 +180,10 @@ class Covariance(ABC):
         """Return the number F of `features`."""
         return self.n_parameters(n_features)
 
+    def n_monomials(self, n_features: int) -> int:
+        """Return how many `monomials` a row has."""
+        return 1 + n_features + (0 if self.tied else self.n_products(n_features))
+
     def monomials(self, rows: Tensor) -> Tensor:
         """Return ``[1; x; features of x]`` for each of the rows ``(n, d)``, shape ``(1 + d + F, n)``.
 
@@ -189,7 +193,7 @@ class Covariance(ABC):
         if not writes_into_parts():
             parts = [rows.new_ones(1, n), rows.mT, *([] if self.tied else [self.features(rows.mT)])]
             return torch.cat(parts)
-        space = self._space(rows, 1 + d + (0 if self.tied else self.n_products(d)))
+        space = self._space(rows, self.n_monomials(d))
         space[:1].fill_(1.0)
         columns = space[1 : 1 + d].copy_(rows.mT)
         if not self.tied:
