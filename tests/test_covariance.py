@@ -278,6 +278,50 @@ def test_the_gradient_of_a_root_is_that_of_the_inverse(d, generator):
         assert_near(COVARIANCES["full"].root(factor), torch.linalg.inv(factor.mT), 1e-12)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["full", "tied_full"])
+@pytest.mark.parametrize("cached", [1, 2**19])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5)])
+def test_large_matrices_are_factorised_by_halves(name, cached, dtype, tolerance, generator, monkeypatch):
+    """Also those of an odd size, and one at a time."""
+    monkeypatch.setattr("tgmm_nn.triangular.CACHED", cached)
+    elements = random_covariances(name, 3, 131, generator).to(dtype)
+    factor, exists = COVARIANCES[name].factor(elements)
+    assert exists.all()
+    assert factor.dtype == dtype
+    assert torch.equal(factor, factor.triu())
+    assert_near(factor.mT @ torch.linalg.cholesky(elements), torch.eye(131).to(dtype).expand_as(elements), tolerance)
+
+
+@torch.no_grad()
+def test_factors_by_halves_are_as_accurate_as_lapacks_where_the_condition_is_high(generator):
+    """By products with inverses alone, errors would grow with the condition to the power of 3/2."""
+    axes = torch.linalg.qr(torch.randn(256, 256, generator=generator).double())[0]
+    matrix = (axes * torch.logspace(0, -10, 256).double()) @ axes.mT
+    matrix = (matrix + matrix.mT) / 2
+    factor, exists = COVARIANCES["full"].factor(matrix[None])
+    assert exists.all()
+    lower = torch.linalg.cholesky(matrix)
+    oracle = torch.linalg.solve_triangular(lower, torch.eye(256).double(), upper=False)
+
+    def error(inverse):
+        return float(torch.linalg.matrix_norm(inverse @ matrix @ inverse.mT - torch.eye(256).double()))
+
+    assert error(factor[0].mT) < 3 * error(oracle)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", [0, 70, 139])
+@pytest.mark.parametrize("bad", [-1.0, 0.0, torch.nan])
+def test_a_large_matrix_that_is_not_positive_definite_has_no_factor_and_the_others_keep_theirs(place, bad, generator):
+    elements = random_covariances("full", 3, 140, generator)
+    expected, _ = COVARIANCES["full"].factor(elements)
+    elements[1, place, place] = bad
+    got, exists = COVARIANCES["full"].factor(elements)
+    assert exists.tolist() == [True, False, True]
+    assert torch.equal(got[::2], expected[::2])
+
+
 def test_structures_are_frozen_and_equal_by_value(covariance):
     assert covariance == type(covariance)(tied=covariance.tied)
     with pytest.raises(AttributeError):

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
 from tgmm_nn.structure import Covariance, writes_into_parts
-from tgmm_nn.triangular import blocks_of, inverse_of_lower
+from tgmm_nn.triangular import blocks_of, inverse_of_lower, inverse_of_root
 
 __all__ = ["COVARIANCES", "Covariance", "Diagonal", "Full", "Spherical"]
 
@@ -67,9 +67,9 @@ class Full(Covariance):
         return (self.variances(factor) > 0).all(-1) & (factor.tril(-1) == 0).all(-1).all(-1)
 
     def factor(self, covariance: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        lower, info = torch.linalg.cholesky_ex(covariance)
-        factor = inverse_of_lower(lower).mT.to(dtype or covariance.dtype)
-        return factor, (info == 0) & torch.isfinite(factor.sum((-2, -1)))
+        inverse, exists = inverse_of_root(covariance)
+        factor = inverse.mT.to(dtype or covariance.dtype)
+        return factor, exists & torch.isfinite(factor.sum((-2, -1)))
 
     def root(self, factor: Tensor) -> Tensor:
         return inverse_of_lower(factor.mT)

@@ -15,7 +15,7 @@ from tgmm_nn.assignment import HARD, SOFT, Assignment
 from tgmm_nn.covariance import Covariance
 from tgmm_nn.data import Rows
 from tgmm_nn.distributed import attempt, raise_on_all_ranks
-from tgmm_nn.expectation import conditioning, expectation
+from tgmm_nn.expectation import expectation, moment_rounding
 from tgmm_nn.functional import mixture_mean
 from tgmm_nn.maximization import EVERYTHING, Learned, estimate_covariances, maximize, maximize_watched
 from tgmm_nn.priors import Priors
@@ -180,7 +180,7 @@ class Expected(NamedTuple):
     Attributes:
         sums: What the M-step needs.
         objective: What EM climbs, in nats per unit of row weight.
-        rounding: That of moments in the dtype of the rows, `conditioning` times its epsilon; 0 for sums of other forms.
+        rounding: That of moments in the dtype of the rows, see `rounding_of_moments`; 0 for sums of other forms.
     """
 
     sums: Statistics
@@ -221,9 +221,9 @@ def expect(
 
 
 def rounding_of_moments(parameters: Parameters, found: Survey, options: Options) -> float:
-    """Return how far moments in the dtype of the rows are off: `conditioning` times its epsilon."""
+    """Return how far moments in the dtype of the rows may move a covariance, as a fraction of it."""
     scale = found.scale(mixture_mean(parameters))  # moments are taken about the mixture's mean
-    return float(conditioning(scale, parameters, options.covariance)) * torch.finfo(found.dtype).eps
+    return float(moment_rounding(scale, parameters, options.covariance, found.dtype, found.n_rows, options.chunk_size))
 
 
 def leaves_half(rounding: float, dtype: torch.dtype) -> bool:

@@ -142,6 +142,8 @@ def maximize_watched(
     if singular:
         positive = covariance.is_positive(found.covariances)
         factor, exists = covariance.factor(covariance.lift_(found.covariances, ~positive), current.means.dtype)
+    elif bool((found.known & exists).all()):  # as almost always: large factors take long to write once more
+        return found.parameters(current, factor), False
     return found.parameters(current, factor, exists), singular
 
 
@@ -160,10 +162,11 @@ class _Found(NamedTuple):
     covariances: Tensor
     known: Tensor
 
-    def parameters(self, current: Parameters, factor: Tensor, exists: Tensor) -> Parameters:
+    def parameters(self, current: Parameters, factor: Tensor, exists: Tensor | None = None) -> Parameters:
         """Return these with a factor of their covariances, and the current one where there is none."""
-        narrow, usable = current.means.dtype, per_element(self.known & exists, factor)
-        return Parameters(self.weights.to(narrow), self.means.to(narrow), torch.where(usable, factor, current.factor))
+        if exists is not None:
+            factor = torch.where(per_element(self.known & exists, factor), factor, current.factor)
+        return Parameters(self.weights.to(current.means.dtype), self.means.to(current.means.dtype), factor)
 
 
 def _find(
