@@ -376,7 +376,7 @@ def _rows_of_moments(means: Tensor, covariance: Covariance, dtype: torch.dtype) 
     n_components, n_features = means.shape
     rows = rows_per_chunk(max(n_components, covariance.n_monomials(n_features)), dtype.itemsize)
     # Products of features take an operation for each of them in a chunk, which pays in larger ones.
-    return rows if covariance.is_narrow(n_features) else 2 * rows
+    return rows if covariance.is_narrow(n_features) else 3 * rows
 
 
 def _rows_of_blocks(means: Tensor, dtype: torch.dtype, moments: bool) -> int:
