@@ -75,10 +75,10 @@ class Full(Covariance):
         return inverse_of_lower(factor.mT)
 
     def square(self, factor: Tensor) -> Tensor:
-        return factor @ factor.mT
+        return factor.bmm(factor.mT) if factor.ndim == 3 else factor @ factor.mT  # which takes five more steps
 
     def apply(self, element: Tensor, rows: Tensor) -> Tensor:
-        return (element @ rows.unsqueeze(-1)).squeeze(-1)
+        return element.expand(len(rows), -1, -1).bmm(rows.unsqueeze(-1)).squeeze(-1)
 
     def unwhiten(self, factor: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         half = torch.linalg.solve_triangular(factor.mT, second, upper=False)
@@ -103,7 +103,8 @@ class Full(Covariance):
 
     def whiten(self, x: Tensor, means: Tensor, factor: Tensor) -> Tensor:
         # One product for each factor and block of its columns; the means are whitened apart and subtracted.
-        rows, shift, blocks = x.expand(len(factor), -1, -1), means.unsqueeze(-2) @ factor, blocks_of(x.shape[-1])
+        rows, blocks = x.expand(len(factor), -1, -1), blocks_of(x.shape[-1])
+        shift = means.unsqueeze(-2).bmm(factor.expand(len(means), -1, -1))
         y = [rows[..., :j].bmm(factor[..., :j, i:j]) - shift[..., i:j] for i, j in blocks]
         return y[0] if len(y) == 1 else torch.cat(y, -1)
 

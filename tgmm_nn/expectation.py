@@ -11,7 +11,6 @@ Notation is that of `tgmm_nn.functional`. Nothing here reads a value on the host
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -22,10 +21,11 @@ from tgmm_nn.covariance import Covariance
 from tgmm_nn.functional import (
     chunks,
     joint_of_distances,
-    mask_rows,
+    masked,
     mixture_mean,
     natural_parameters,
     rows_per_chunk,
+    squared_lengths,
 )
 from tgmm_nn.products import product
 from tgmm_nn.statistics import Parameters, Statistics, accumulator_dtype
@@ -219,9 +219,11 @@ def moment_statistics(
     theta = torch.cat([constant[:, None], linear, *([] if covariance.tied else [quadratic])], 1).mul_(LOG2_E).to(dtype)
 
     def sums(rows: Tensor, weight: Tensor | None, prior: Tensor | None) -> Sums:
-        rows, squared = mask_rows(rows.to(dtype) - origin, x.dtype)
+        rows = rows - origin  # in the wider dtype of both
+        _, usable = squared_lengths(rows, x.dtype)
+        rows = masked(rows, usable)
         monomials = form.monomials(rows)
-        shares = responsibilities(product(theta, monomials), weight, prior, assignment, squared < math.inf)
+        shares = responsibilities(product(theta, monomials), weight, prior, assignment, usable)
         moments = product(shares.r, monomials.mT)
         within = [covariance.whitened_second(rows[None], shares.weight[None])] if covariance.tied else []
         return (*_totals(shares), moments, *within)
@@ -280,7 +282,9 @@ def blockwise_statistics(
     space = x.new_empty(0 if moments else min(size, len(x)) * n_components * n_features)
 
     def sums(rows: Tensor, weight: Tensor | None, prior: Tensor | None) -> Sums:
-        rows, squared = mask_rows(rows - origin, x.dtype)
+        rows = rows - origin
+        _, usable = squared_lengths(rows, x.dtype)
+        rows = masked(rows, usable)
         columns = torch.cat([rows.new_ones(1, len(rows)), rows.mT])
         lengths, place = rows.new_zeros(n_components, len(rows)), 0
         y = rows if moments else space[: n_components * rows.numel()].view(n_components, n_features, len(rows))
@@ -290,7 +294,7 @@ def blockwise_statistics(
                 y[:, place : place + block.shape[1]] = block.nan_to_num_()
             place += block.shape[1]
         joint = joint_of_distances(lengths, about, covariance).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
-        shares = responsibilities(joint.mul_(LOG2_E), weight, prior, assignment, squared < math.inf)
+        shares = responsibilities(joint.mul_(LOG2_E), weight, prior, assignment, usable)
         first = shares.r @ rows if moments else (y @ shares.r[..., None]).squeeze(-1)
         second = second_moments(columns[1:], shares.r) if moments else second_moments_of_each(y, shares.r)
         return (*_totals(shares), shares.r.sum(-1), first, *second)
@@ -358,9 +362,9 @@ def conditioning(scale: Tensor, parameters: Parameters, covariance: Covariance) 
         Bandeira and van Handel, Sharp nonasymptotic bounds on the norm of random matrices with independent entries,
         2016.
     """
-    variances, zero = scale.square()[None], torch.zeros_like(parameters.means[:1])
+    variances, zeros = scale.square()[None], torch.zeros_like(parameters.means)
     of_some = parameters.factor.split(max(1, CACHED // parameters.factor[0].numel()))
-    squares = torch.cat([covariance.whiten(variances, zero, factor.square()) for factor in of_some])
+    squares = torch.cat([covariance.whiten(variances, zeros[: len(factor)], factor.square()) for factor in of_some])
     return (squares.amax(-1) * squares.sum(-1)).sqrt().amax()
 
 

@@ -34,11 +34,12 @@ __all__ = [
     "log_joint",
     "log_weights",
     "map_rows",
-    "mask_rows",
+    "masked",
     "mixture_mean",
     "natural_parameters",
     "rows_per_chunk",
     "squared_distances",
+    "squared_lengths",
 ]
 
 LOG_2PI = math.log(2.0 * math.pi)
@@ -98,9 +99,11 @@ def log_density(x: Tensor, parameters: Parameters, covariance: Covariance) -> Te
     # inf - inf would give nan: a row at infinity, or whose square is there, is scored apart and has no gradient.
     moments = _takes_moments(x, covariance)
     rows, origin = _centred(x, parameters, accumulator_dtype(x.device) if moments else x.dtype)
-    near, squared = mask_rows(rows, x.dtype)
-    value = _log_sum(_joint(near, parameters, origin, covariance, moments))
-    return torch.where(squared < math.inf, value, -squared).to(x.dtype)
+    squared, usable = squared_lengths(rows, x.dtype)
+    if torch.is_grad_enabled():  # what such a row becomes is not used, but its gradient would be nan
+        rows = masked(rows, usable)
+    value = _log_sum(_joint(rows, parameters, origin, covariance, moments))
+    return torch.where(usable, value, -squared).to(x.dtype)
 
 
 def log_density_and_entropy(x: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
@@ -181,22 +184,23 @@ def _centred(x: Tensor, parameters: Parameters, dtype: torch.dtype) -> tuple[Ten
     return x.to(dtype) - origin, origin
 
 
-def mask_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Replace centred rows that are not finite, or whose squared length overflows a dtype, by zero.
+def squared_lengths(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the squared length of each centred row, and whether it is finite and does not overflow a dtype."""
+    squared = rows.detach().square().sum(-1)
+    return squared, squared <= torch.finfo(dtype).max
 
-    Returns:
-        Rows, and their squared lengths, which are infinite or nan for those that were replaced.
-    """
-    squared = rows.detach().square().sum(-1).to(dtype)
+
+def masked(rows: Tensor, usable: Tensor) -> Tensor:
+    """Return rows with those that are not usable replaced by zero."""
     # A choice with a condition for each row takes five times as long.
-    return rows.nan_to_num(0.0, 0.0, 0.0) * (squared < math.inf).to(rows.dtype)[:, None], squared
+    return rows.nan_to_num(0.0, 0.0, 0.0) * usable[:, None]
 
 
 def joint_of_distances(squared: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
     """Return the log of each weighted component density, for squared Mahalanobis distances ``(K, n)``."""
     n_features = parameters.means.shape[-1]
-    normaliser = covariance.log_det(parameters.factor, n_features) - 0.5 * n_features * LOG_2PI
-    return (log_weights(parameters.weights) + normaliser).unsqueeze(-1) - 0.5 * squared
+    constant = log_weights(parameters.weights) + covariance.log_det(parameters.factor, n_features)
+    return torch.sub((constant - 0.5 * n_features * LOG_2PI).unsqueeze(-1), squared, alpha=0.5)
 
 
 def natural_parameters(parameters: Parameters, origin: Tensor, covariance: Covariance) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,8 +217,8 @@ def natural_parameters(parameters: Parameters, origin: Tensor, covariance: Covar
     means, n_features = means - origin, means.shape[-1]
     precision = covariance.square(factor)
     linear = covariance.apply(precision, means)
-    normaliser = covariance.log_det(factor, n_features) - 0.5 * n_features * LOG_2PI
-    constant = log_weights(weights) + normaliser - 0.5 * (means * linear).sum(-1)
+    constant = log_weights(weights) + covariance.log_det(factor, n_features) - 0.5 * n_features * LOG_2PI
+    constant = torch.sub(constant, (means * linear).sum(-1), alpha=0.5)
     return constant, linear, -0.5 * covariance.dual(precision, n_features)
 
 

@@ -13,6 +13,9 @@ __all__ = ["prefers_onednn", "product"]
 
 CHOICES = ("auto", "mkl", "onednn")
 
+# Multiplications from which on oneDNN is faster although it prepares each product.
+LARGE = 2**19
+
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """Return ``a @ b`` of two matrices."""
@@ -44,6 +47,6 @@ def _is_amd() -> bool:
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> bool:
-    """Return whether a product goes to oneDNN, whose kernel can't be traced and knows no empty matrices."""
-    here = a.dtype == torch.float32 and a.device.type == "cpu" and a.numel() > 0 and b.numel() > 0
-    return here and not torch.compiler.is_compiling() and prefers_onednn()
+    """Return whether a product goes to oneDNN, whose kernel can't be traced."""
+    here = a.dtype == torch.float32 and a.device.type == "cpu" and not torch.compiler.is_compiling()
+    return here and a.numel() * b.shape[-1] >= LARGE and prefers_onednn()

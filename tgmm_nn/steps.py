@@ -107,11 +107,11 @@ class MixtureSteps(MixtureState):
         usable, current = _is_usable(statistics), self.mixture()
         with full_precision(usable.device):
             new = self._em_options(learned).maximize(statistics, current)
-        running, origin = self.running_statistics(), statistics.origin.expand_as(self.running_origin)
-        values = (*new, statistics.count, statistics.first, statistics.second, origin, usable.new_ones(1))
-        buffers = (*current, running.count, running.first, running.second, running.origin, self.running_step_size)
-        for value, buffer in zip(values, buffers, strict=True):
+        values = (*new, statistics.count, statistics.first, statistics.second, statistics.origin)
+        running = (self.running_count, self.running_first, self.running_second, self.running_origin)
+        for value, buffer in zip(values, (*current, *running), strict=True):
             torch.where(usable, value, buffer, out=buffer)
+        self.running_step_size.masked_fill_(usable, 1.0)
         self.fitted.logical_or_(usable)
 
     @torch.no_grad()
