@@ -117,6 +117,25 @@ def test_a_distributed_fit_that_was_killed_goes_on_to_the_same_mixture(option, t
     assert_same_buffers(fitted(tmp_path, *options), copy_of_buffers(whole))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="asks Linux for the processes of a launcher")
+@pytest.mark.parametrize("option", [(), ("--trainer",)], ids=["by hand", "in a trainer"])
+def test_ranks_of_which_one_was_killed_go_on_to_the_same_mixture(option, tmp_path):
+    options = ("--iterations", "30", *option)
+    whole = fitted(tmp_path, *options, launcher=RANKS, name="whole.pt")
+    command = [sys.executable, *RANKS, *FIT, *options]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, **HOW) as run:
+        for line in run.stdout:
+            if line.startswith("iteration 2,"):
+                ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+                os.kill(int(ranks[-1]), signal.SIGKILL)  # the launcher ends the others
+                break
+        run.stdout.read()
+    assert run.returncode != 0
+    assert 2 <= int(GaussianMixture.load(tmp_path / "mixture.pt").n_updates) < 30
+    assert_same_buffers(fitted(tmp_path, *options, launcher=RANKS), copy_of_buffers(whole))
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads what Linux tells of a process")
 def test_the_benchmark_of_memory_says_what_a_fit_holds(tmp_path):
     script = str(ROOT / "examples" / "benchmarks" / "memory.py")
