@@ -201,7 +201,7 @@ def test_blocks_of_features_have_the_sums_written_out(block, raw, dtype, toleran
 
 def test_few_rows_have_the_sums_of_many(family, generator, monkeypatch):
     """Few rows write their products whole, many write each product once."""
-    mixture = random_mixture(family, generator, n_features=3)
+    mixture = random_mixture(family, generator, 4, 3)
     x = rows_of(mixture, 60, generator)
     few = expectation(x.float(), mixture.parameters, mixture.covariance)
     monkeypatch.setattr("tgmm_nn.expectation.SMALL", 0)
@@ -210,8 +210,15 @@ def test_few_rows_have_the_sums_of_many(family, generator, monkeypatch):
 
 def test_the_form_is_chosen_by_shapes_and_by_what_the_caller_says_of_conditioning(family, generator):
     """Whitened sums are about each component's own mean, moments about one point; float64 rows have no wider dtype."""
-    for n_features, whitened in ((32, False), (33, family == "full"), (130, family == "full")):
-        mixture = random_mixture(family, generator, n_features=n_features)
+    full = family == "full"
+    for n_components, n_features, whitened in (
+        (3, 2, False),
+        (3, 3, full),
+        (33, 32, False),
+        (34, 33, full),
+        (3, 130, full),
+    ):
+        mixture = random_mixture(family, generator, n_components, n_features)
         x = rows_of(mixture, 10, generator)
         assert expectation(x.float(), mixture.parameters, mixture.covariance).origin.ndim == 1 + whitened
         assert expectation(x, mixture.parameters, mixture.covariance).origin.ndim == 2

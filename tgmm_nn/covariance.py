@@ -69,7 +69,7 @@ class Full(Covariance):
     def factor(self, covariance: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         inverse, exists = inverse_of_root(covariance)
         factor = inverse.mT.to(dtype or covariance.dtype)
-        return factor, exists & torch.isfinite(factor.sum((-2, -1)))
+        return factor, exists & (factor.sum((-2, -1)).abs() < torch.inf)
 
     def root(self, factor: Tensor) -> Tensor:
         return inverse_of_lower(factor.mT)

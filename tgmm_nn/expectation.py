@@ -50,7 +50,8 @@ __all__ = [
 
 Sums = tuple[Tensor, ...]
 
-# Features up to which products in float64 are no slower than whitening in float32, which then moves more than it adds.
+# Features up to which, of more components than features, products in float64 are no slower than whitening in float32,
+# which then moves more than it adds.
 FEW = 32
 
 # Features from which on full matrices are used by blocks; narrower ones are a product for each component.
@@ -86,8 +87,8 @@ def expectation(
       `blockwise_statistics`;
     - ``moments``: `moment_statistics` in the dtype of the rows;
     - else, for float32 rows whose moments are hardly more numbers than the row (`Covariance.is_narrow`: all families
-      but the untied full one), or which have few features: `moment_statistics` in float64, whose digits are enough for
-      what float32 rows can tell apart;
+      but the untied full one), or which have at most 32 features and fewer than there are components:
+      `moment_statistics` in float64, whose digits are enough for what float32 rows can tell apart;
     - else, for float64 rows, and on devices without float64: `whitened_statistics`.
 
     Args:
@@ -105,12 +106,11 @@ def expectation(
     """
     if assignment.offset is not None:
         parameters = revivable(parameters)
-    wide = accumulator_dtype(x.device)
-    narrow = covariance.is_narrow(x.shape[-1]) or x.shape[-1] <= FEW
-    of_rows = (sample_weight, log_prior, assignment)
-    if not covariance.is_narrow(x.shape[-1]) and _is_wide(parameters.means, covariance, moments):
+    wide, (n_components, n_features) = accumulator_dtype(x.device), parameters.means.shape
+    narrow, of_rows = covariance.is_narrow(n_features), (sample_weight, log_prior, assignment)
+    if not narrow and _is_wide(parameters.means, covariance, moments):
         return blockwise_statistics(x, parameters, covariance, *of_rows, moments=moments, chunk_size=chunk_size)
-    if moments or (narrow and x.dtype != wide):
+    if moments or (x.dtype != wide and (narrow or n_features < min(n_components, FEW + 1))):
         dtype = x.dtype if moments else wide
         return moment_statistics(x, parameters, covariance, *of_rows, dtype=dtype, chunk_size=chunk_size)
     return whitened_statistics(x, parameters, covariance, *of_rows, chunk_size=chunk_size)
