@@ -579,7 +579,7 @@ def test_conditioning_is_the_squared_range_in_standard_deviations_of_the_narrowe
 def test_conditioning_takes_factors_that_do_not_fit_into_a_cache_one_by_one(family, generator, monkeypatch):
     mixture, scale = random_mixture(family, generator), torch.rand(2, generator=generator).double()
     expected = conditioning(scale, mixture.parameters, mixture.covariance)
-    monkeypatch.setattr("tgmm_nn.expectation.CACHED", 1)
+    monkeypatch.setattr("tgmm_nn.triangular.CACHED", 1)
     assert_near(conditioning(scale, mixture.parameters, mixture.covariance), expected)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
 from tgmm_nn.structure import Covariance, writes_into_parts
-from tgmm_nn.triangular import blocks_of, inverse_of_lower, inverse_of_root
+from tgmm_nn.triangular import blocks_of, in_parts, inverse_of_lower, inverse_of_root
 
 __all__ = ["COVARIANCES", "Covariance", "Diagonal", "Full", "Spherical"]
 
@@ -59,8 +59,8 @@ class Full(Covariance):
 
     def is_positive(self, covariance: Tensor, eps: float | None = None, factor: Tensor | None = None) -> Tensor:
         if factor is None:
-            lower, info = torch.linalg.cholesky_ex(covariance)
-            return (info == 0) & self._is_clear(self.variances(lower).square(), covariance, eps)
+            left, exists = in_parts(self._left, covariance)
+            return exists & self._is_clear(left, covariance, eps)
         return self._is_clear(self.variances(factor).square().reciprocal(), covariance, eps)
 
     def is_factor(self, factor: Tensor) -> Tensor:
@@ -81,9 +81,12 @@ class Full(Covariance):
         return element.expand(len(rows), -1, -1).bmm(rows.unsqueeze(-1)).squeeze(-1)
 
     def unwhiten(self, factor: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        half = torch.linalg.solve_triangular(factor.mT, second, upper=False)
-        first = torch.linalg.solve_triangular(factor.mT, first.unsqueeze(-1), upper=False).squeeze(-1)
-        return first, torch.linalg.solve_triangular(factor.mT, half.mT, upper=False)
+        def both_sides(factor: Tensor, second: Tensor) -> tuple[Tensor]:
+            half = torch.linalg.solve_triangular(factor.mT, second, upper=False)
+            return (torch.linalg.solve_triangular(factor.mT, half.mT, upper=False),)
+
+        (second,) = in_parts(both_sides, factor, second)
+        return torch.linalg.solve_triangular(factor.mT, first.unsqueeze(-1), upper=False).squeeze(-1), second
 
     def log_det(self, factor: Tensor, n_features: int) -> Tensor:
         return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
@@ -146,8 +149,13 @@ class Full(Covariance):
     def normals(self, means: Tensor, factor: Tensor) -> Distribution:
         return MultivariateNormal(means, scale_tril=self.root(factor))
 
+    def _left(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is left of each variance given the features before it, and which covariances have a factor."""
+        lower, info = torch.linalg.cholesky_ex(covariance)
+        return self.variances(lower).square(), info == 0
+
     def _is_clear(self, left: Tensor, covariance: Tensor, eps: float | None) -> Tensor:
-        # What is left of a variance given the features before it may be rounding alone, where rows lie in a plane.
+        # That may be rounding alone, where rows lie in a plane.
         noise = 10 * covariance.shape[-1] * (eps or torch.finfo(covariance.dtype).eps)
         return (left > noise * self.variances(covariance)).all(-1)
 

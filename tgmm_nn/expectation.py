@@ -31,7 +31,7 @@ from tgmm_nn.products import product
 from tgmm_nn.statistics import Parameters, Statistics, accumulator_dtype
 from tgmm_nn.triangular import (
     BLOCK,
-    CACHED,
+    in_parts,
     second_moments,
     second_moments_of_each,
     symmetric,
@@ -363,8 +363,11 @@ def conditioning(scale: Tensor, parameters: Parameters, covariance: Covariance) 
         2016.
     """
     variances, zeros = scale.square()[None], torch.zeros_like(parameters.means)
-    of_some = parameters.factor.split(max(1, CACHED // parameters.factor[0].numel()))
-    squares = torch.cat([covariance.whiten(variances, zeros[: len(factor)], factor.square()) for factor in of_some])
+
+    def whitened(factor: Tensor) -> tuple[Tensor]:
+        return (covariance.whiten(variances, zeros[: len(factor)], factor.square()),)
+
+    (squares,) = in_parts(whitened, parameters.factor)
     return (squares.amax(-1) * squares.sum(-1)).sqrt().amax()
 
 

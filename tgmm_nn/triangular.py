@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ __all__ = [
     "BLOCK",
     "CACHED",
     "blocks_of",
+    "in_parts",
     "inverse_of_lower",
     "inverse_of_root",
     "second_moments",
@@ -25,7 +26,7 @@ __all__ = [
 # Rows or columns of a block: narrower ones are not products at full rate.
 BLOCK = 64
 
-# Numbers in the matrices that are factorised at once: their parts stay in a processor's cache.
+# Numbers in the matrices that are worked on at once: they stay in a processor's cache.
 CACHED = 2**19
 
 
@@ -81,6 +82,18 @@ def symmetric(rows: Sequence[Tensor]) -> Tensor:
     return matrix
 
 
+def in_parts(function: Callable[..., tuple[Tensor, ...]], *matrices: Tensor) -> tuple[Tensor, ...]:
+    """Return what a function of batches of large matrices gives, a few of them at a time.
+
+    On a CPU fresh arrays that don't fit into its cache take as long as what is done with them.
+    """
+    size = max(1, CACHED // matrices[0][0].numel())
+    if len(matrices[0]) <= size or matrices[0].device.type != "cpu":
+        return function(*matrices)
+    results = [function(*part) for part in zip(*(m.split(size) for m in matrices), strict=True)]
+    return tuple(torch.cat(values) for values in zip(*results, strict=True))
+
+
 def inverse_of_lower(lower: Tensor) -> Tensor:
     """Return the inverse of each lower triangular matrix, by halves, so that large ones are products.
 
@@ -116,19 +129,13 @@ def inverse_of_root(matrix: Tensor) -> tuple[Tensor, Tensor]:
         L_2 L_2^\top = A_{22} - B B^\top, \qquad
         L^{-1} = \begin{pmatrix} L_1^{-1} & 0 \\ -L_2^{-1} B L_1^{-1} & L_2^{-1} \end{pmatrix},
 
-    so that almost all of it is products: LAPACK's own runs at a fifth of their rate on a processor of AMD. Few matrices
-    at a time, since fresh arrays that do not fit into a cache take as long as the products.
+    so that almost all of it is products: LAPACK's own runs at a fifth of their rate on a processor of AMD.
     """
     if matrix.shape[-1] < 2 * BLOCK or matrix.ndim != 3 or torch.is_grad_enabled():
         lower, info = torch.linalg.cholesky_ex(matrix)
         return inverse_of_lower(lower), info == 0
-    inverse, exists = torch.empty_like(matrix), []
-    size = max(1, CACHED // matrix[0].numel())
-    for part, place in zip(matrix.split(size), inverse.split(size), strict=True):
-        _, found, those = _root_and_inverse(part)
-        place.copy_(found)
-        exists.append(those)
-    return inverse, torch.cat(exists)
+    inverse, exists = in_parts(lambda part: _root_and_inverse(part)[1:], matrix)
+    return inverse, exists
 
 
 def _root_and_inverse(matrix: Tensor, whole: bool = False) -> tuple[Tensor, Tensor, Tensor]:
