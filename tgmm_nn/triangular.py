@@ -95,28 +95,14 @@ def in_parts(function: Callable[..., tuple[Tensor, ...]], *matrices: Tensor) -> 
 
 
 def inverse_of_lower(lower: Tensor) -> Tensor:
-    """Return the inverse of each lower triangular matrix, by halves, so that large ones are products.
+    """Return the inverse of each lower triangular matrix.
 
-    By triangular solves at the bottom, and where a gradient is recorded, which forbids to write into parts of a matrix:
-    batched LU can fail inside MKL.
+    By triangular solves, since batched LU can fail inside MKL, and large ones by halves, so that they are products.
     """
-    if lower.shape[-1] <= BLOCK or torch.is_grad_enabled():
+    if not _goes_by_halves(lower):
         return _solved(lower)
-    inverse = torch.zeros_like(lower)
-    _invert(lower, inverse)
+    (inverse,) = in_parts(lambda part: (_inverse(part),), lower)
     return inverse
-
-
-def _invert(lower: Tensor, out: Tensor) -> None:
-    """Write the inverse into a part of a matrix of zeros: fresh large arrays take longer than the products."""
-    if lower.shape[-1] <= BLOCK:
-        out.copy_(_solved(lower))
-        return
-    first, last = slice(0, lower.shape[-1] // 2), slice(lower.shape[-1] // 2, None)
-    for half in (first, last):
-        _invert(lower[..., half, half], out[..., half, half])
-    below = out[..., last, last] @ (lower[..., last, first] @ out[..., first, first])
-    out[..., last, first] = below.neg_()
 
 
 def inverse_of_root(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,11 +117,25 @@ def inverse_of_root(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     so that almost all of it is products: LAPACK's own runs at a fifth of their rate on a processor of AMD.
     """
-    if matrix.shape[-1] < 2 * BLOCK or matrix.ndim != 3 or torch.is_grad_enabled():
+    if not _goes_by_halves(matrix):
         lower, info = torch.linalg.cholesky_ex(matrix)
         return inverse_of_lower(lower), info == 0
     inverse, exists = in_parts(lambda part: _root_and_inverse(part)[1:], matrix)
     return inverse, exists
+
+
+def _goes_by_halves(matrix: Tensor) -> bool:
+    """Return whether matrices are large, and no gradient is recorded, which forbids to write into parts of one."""
+    return matrix.ndim == 3 and matrix.shape[-1] > BLOCK and not torch.is_grad_enabled()
+
+
+def _inverse(lower: Tensor) -> Tensor:
+    n = lower.shape[-1]
+    if n <= BLOCK:
+        return _solved(lower)
+    first, last = slice(0, n // 2), slice(n // 2, None)
+    inverse, other = _inverse(lower[..., first, first]), _inverse(lower[..., last, last])
+    return _lower(inverse, (other @ (lower[..., last, first] @ inverse)).neg_(), other)
 
 
 def _root_and_inverse(matrix: Tensor, whole: bool = False) -> tuple[Tensor, Tensor, Tensor]:
