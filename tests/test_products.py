@@ -22,7 +22,7 @@ def chosen(monkeypatch):
 
 
 @pytest.mark.parametrize("library", ["mkl", "onednn"])
-@pytest.mark.parametrize(("m", "f", "n"), [(1, 1, 1), (3, 136, 64), (32, 200, 7), (3, 4, 0), (3, 0, 4)])
+@pytest.mark.parametrize(("m", "f", "n"), [(1, 1, 1), (3, 136, 64), (64, 200, 100), (3, 4, 0), (3, 0, 4)])
 def test_products_are_those_of_float64_also_of_transposed_views(library, m, f, n, chosen, generator):
     chosen(library)
     assert products.prefers_onednn() == (library == "onednn")
@@ -31,6 +31,29 @@ def test_products_are_those_of_float64_also_of_transposed_views(library, m, f, n
     for right in (b, b.mT.contiguous().mT):
         torch.testing.assert_close(products.product(a, right).double(), oracle, rtol=0, atol=1e-4)
     assert torch.equal(products.product(a.double(), b.double()), oracle)
+
+
+@pytest.mark.parametrize("library", ["mkl", "onednn"])
+@pytest.mark.parametrize("n", [1, 1023, 1024, 20_000])
+@pytest.mark.parametrize(("m", "f"), [(3, 4), (64, 129)])
+def test_sums_of_many_rows_keep_their_digits(library, n, m, f, chosen):
+    """Of equal numbers, where rounding is always to the same side: row by row it was 3e-4."""
+    chosen(library)
+    a, b = torch.full((m, n), 0.7), torch.full((n, f), 0.7)
+    for right in (b, b.mT.contiguous().mT):
+        sums = products.summed(a, right)
+        torch.testing.assert_close(sums.double(), a.double() @ b.double(), rtol=3e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_tied_covariance_keeps_its_digits_on_many_rows(dtype, generator):
+    mixture = random_mixture("tied_full", generator)
+    x = torch.randn(5_000, 2, generator=generator).to(dtype)
+    weight = torch.rand(5_000, generator=generator).to(dtype)
+    got, oracle = (
+        moment_statistics(rows, mixture.parameters, mixture.covariance, weight.to(rows)) for rows in (x, x.double())
+    )
+    torch.testing.assert_close(got.second, oracle.second, rtol=1e-6, atol=1e-3)
 
 
 def test_the_sums_of_an_e_step_do_not_depend_on_the_library(family, chosen, generator):

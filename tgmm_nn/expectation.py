@@ -27,7 +27,7 @@ from tgmm_nn.functional import (
     rows_per_chunk,
     squared_lengths,
 )
-from tgmm_nn.products import product
+from tgmm_nn.products import SUMMED, product, summed
 from tgmm_nn.statistics import Parameters, Statistics, accumulator_dtype
 from tgmm_nn.triangular import (
     BLOCK,
@@ -60,9 +60,6 @@ WIDE = 2 * BLOCK
 # Moments of a row, at most and in multiples of the numbers that whitening forms, up to which it is faster to form them
 # than to go by blocks of features: of full covariances those of up to about 90 features.
 FORMED, WIDEST = 4, 4500
-
-# Rows of a chunk of which sums in float32 have digits enough, and in which large products are still at full rate.
-SUMMED = 1024
 
 # Products n · d² of a batch up to which it is quicker to write all of them at once than to pick half of them.
 SMALL = 2**18
@@ -224,9 +221,8 @@ def moment_statistics(
         rows = masked(rows, usable)
         monomials = form.monomials(rows)
         shares = responsibilities(product(theta, monomials), weight, prior, assignment, usable)
-        moments = product(shares.r, monomials.mT)
-        within = [covariance.whitened_second(rows[None], shares.weight[None])] if covariance.tied else []
-        return (*_totals(shares), moments, *within)
+        within = [_within(rows, shares.weight, covariance)] if covariance.tied else []
+        return (*_totals(shares), summed(shares.r, monomials.mT), *within)
 
     size = chunk_size or _rows_of_moments(parameters.means, covariance, dtype)
     log_likelihood, classification, rows, moments, *within = _sum_of_chunks(
@@ -369,6 +365,16 @@ def conditioning(scale: Tensor, parameters: Parameters, covariance: Covariance) 
 
     (squares,) = in_parts(whitened, parameters.factor)
     return (squares.amax(-1) * squares.sum(-1)).sqrt().amax()
+
+
+def _within(rows: Tensor, weight: Tensor, covariance: Covariance) -> Tensor:
+    """Return the second moments of all rows, of which a tied covariance needs no others; in pieces as in `summed`."""
+    whole = len(rows) // SUMMED * SUMMED if rows.dtype == torch.float32 else 0
+    rest = covariance.whitened_second(rows[None, whole:], weight[None, whole:])
+    if not whole:
+        return rest
+    pieces = (of_rows[:whole].unflatten(0, (-1, SUMMED)) for of_rows in (rows, weight))
+    return rest + covariance.whitened_second(*pieces)
 
 
 def _is_wide(means: Tensor, covariance: Covariance, moments: bool) -> bool:

@@ -9,17 +9,32 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["prefers_onednn", "product"]
+__all__ = ["SUMMED", "prefers_onednn", "product", "summed"]
 
 CHOICES = ("auto", "mkl", "onednn")
 
 # Multiplications from which on oneDNN is faster although it prepares each product.
 LARGE = 2**19
 
+# Numbers of which a sum in float32 has digits enough.
+SUMMED = 1024
+
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """Return ``a @ b`` of two matrices."""
     return torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "") if _by_onednn(a, b) else a @ b
+
+
+def summed(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a @ b`` of two matrices, where it is a sum of many rows.
+
+    MKL adds small ones up row by row, whose rounding grows with the root of their number, oneDNN in pieces. So do we.
+    """
+    whole = a.shape[-1] // SUMMED * SUMMED
+    if a.dtype != torch.float32 or whole == 0 or _by_onednn(a, b):
+        return product(a, b)
+    pieces = a[:, :whole].unflatten(1, (-1, SUMMED)).transpose(0, 1).bmm(b[:whole].unflatten(0, (-1, SUMMED)))
+    return torch.addmm(pieces.sum(0), a[:, whole:], b[whole:])
 
 
 @cache
