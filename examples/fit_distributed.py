@@ -1,8 +1,10 @@
 """Full-data EM over processes on a folder of .npy shards, which no process holds in memory; resumes after a kill.
 
-python examples/fit_distributed.py                                        # writes shards, one process
-torchrun --nproc-per-node=2 examples/fit_distributed.py shards            # the same mixture
-torchrun --nproc-per-node=2 examples/fit_distributed.py shards --trainer  # the same, within Lightning
+python examples/fit_distributed.py                                                        # writes shards; one process
+torchrun --nproc-per-node=2 examples/fit_distributed.py --checkpoint two.pt               # the same mixture
+torchrun --nproc-per-node=2 examples/fit_distributed.py --checkpoint other.pt --trainer   # the same, within Lightning
+
+Each iteration writes the checkpoint. Where it is there, EM goes on from it: delete it, or name another, to begin anew.
 """
 
 import argparse
@@ -77,12 +79,12 @@ class Embedded(lightning.LightningModule):
 def main():
     """Start or resume, and iterate EM on all rows of all ranks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("shards"))
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("shards"), help="of .npy files, shape (n, d)")
     parser.add_argument("--make", action="store_true", help="write shards first; done anyhow where there are none")
-    parser.add_argument("--components", type=int, default=3)
-    parser.add_argument("--iterations", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--checkpoint", type=Path, default=Path("mixture.pt"))
+    parser.add_argument("--components", type=int, help="3, or as many as the checkpoint has")
+    parser.add_argument("--iterations", type=int, default=10, help="in all, those of the checkpoint included")
+    parser.add_argument("--batch-size", type=int, default=256, help="rows that a process reads at once")
+    parser.add_argument("--checkpoint", type=Path, default=Path("mixture.pt"), help="file to write, and to go on from")
     parser.add_argument("--trainer", action="store_true", help="let EMCallback make an iteration in each epoch")
     arguments = parser.parse_args()
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # torchrun sets it
@@ -95,8 +97,15 @@ def main():
     shards = Shards(files, dist.get_rank(), dist.get_world_size(), arguments.batch_size)
     if arguments.checkpoint.exists():
         gmm = GaussianMixture.load(arguments.checkpoint)
+        if (arguments.components or gmm.n_components, shards.none.shape[1]) != (gmm.n_components, gmm.n_features):
+            parser.error(
+                f"{arguments.checkpoint} is a mixture of {gmm.n_components} components in {gmm.n_features} features, "
+                "which are not those that were asked for: delete it, or name another by --checkpoint"
+            )
+        if dist.get_rank() == 0:
+            print(f"goes on from {arguments.checkpoint}: {int(gmm.n_updates)} iterations of {arguments.iterations}")
     else:
-        gmm = GaussianMixture(arguments.components, shards.none.shape[1], random_state=0).initialize(shards)
+        gmm = GaussianMixture(arguments.components or 3, shards.none.shape[1], random_state=0).initialize(shards)
     left = arguments.iterations - int(gmm.n_updates)
     if not arguments.trainer:
         for _ in range(left):

@@ -103,6 +103,24 @@ def test_rows_of_any_dtype_are_those_numbers(family, dtype, x):
     assert one(whole.to(dtype)).dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("as_given", [torch.Tensor.clone, torch.Tensor.numpy, partial(DataLoader, batch_size=50)])
+def test_integers_that_float32_rounds_have_to_come_in_float64(dtype, as_given, x):
+    """Such as times in seconds: all rows could fall onto one point, without a word."""
+    whole = (10 * x).round().to(dtype) + 10**9
+    gmm = GaussianMixture(3, 2, random_state=0, max_iter=500)
+    before = copy_of_buffers(gmm)
+    with pytest.raises(
+        ValueError, match=r"`x`, which holds torch.int\d\d, to be at most 2\*\*24 .* 10000000\d\d; give"
+    ):
+        gmm.fit(as_given(whole))
+    assert_same_buffers(gmm, before)
+    wide = GaussianMixture(3, 2, random_state=0, max_iter=500, dtype="float64").fit(whole)
+    twin = GaussianMixture(3, 2, random_state=0, max_iter=500, dtype="float64").fit(whole.double() - 10**9)
+    assert wide.lower_bound_ == pytest.approx(twin.lower_bound_, abs=1e-6)
+    assert GaussianMixture(1, 1).fit(torch.tensor([[-(2**24)], [2**24]])).means_.item() == 0.0
+
+
 def test_a_memory_map_is_not_copied_and_not_written(tmp_path, x):
     file = tmp_path / "x.npy"
     np.save(file, x.numpy())

@@ -411,9 +411,11 @@ def test_under_a_default_device_a_layer_works_where_it_was_put(family, x):
     assert_same_buffers(gmm, copy_of_buffers(oracle))
 
 
-@pytest.mark.parametrize("device", ["", "foo", 3.5, True, 0 if torch.version.cuda is None else "foo"])
+@pytest.mark.parametrize("device", ["", "foo", "cuda:99", 3.5, True, 0 if torch.version.cuda is None else "foo"])
 def test_a_device_that_is_none_is_named(device):
-    with pytest.raises(ValueError, match="`device` to be a device such as 'cpu' or 'cuda:0', or None, but got"):
+    with pytest.raises(
+        ValueError, match="`device` to be a device such as 'cpu' or 'cuda:0' that is there, or None, but got"
+    ):
         GaussianMixture(2, 2, device=device)
 
 

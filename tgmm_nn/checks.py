@@ -19,6 +19,7 @@ __all__ = [
     "check_choice",
     "check_device",
     "check_dtype",
+    "check_exact",
     "check_generator",
     "check_integer",
     "check_log_prior",
@@ -122,10 +123,11 @@ def check_device(name: str, value: Any) -> torch.device | None:
     try:
         if isinstance(value, (bool, float)):
             raise TypeError
+        torch.empty(0, device=value)  # whether it has a name says nothing about whether it is there
         return torch.device(value)
-    except (RuntimeError, TypeError) as error:
+    except (AssertionError, RuntimeError, TypeError) as error:
         raise ValueError(
-            f"Expected `{name}` to be a device such as 'cpu' or 'cuda:0', or None, but got {value!r}."
+            f"Expected `{name}` to be a device such as 'cpu' or 'cuda:0' that is there, or None, but got {value!r}."
         ) from error
 
 
@@ -191,7 +193,18 @@ def check_squares(name: str, x: Tensor) -> None:
     if not bool(torch.isfinite(x.square().sum())):
         raise ValueError(
             f"Expected `{name}` small enough that its squares add up in {x.dtype}, but its largest value is "
-            f"{float(x.abs().max()):.3g}; rescale it or give it in float64."
+            f"{float(x.abs().max()):.3g}; rescale it{'' if x.dtype == torch.float64 else ' or give it in float64'}."
+        )
+
+
+def check_exact(name: str, given: torch.dtype, x: Tensor) -> None:
+    """Raise if integers of dtype ``given`` were rounded when they became ``x``; reads one value on the host."""
+    if given.is_floating_point or given.itemsize < 4 or x.dtype != torch.float32 or not x.numel():
+        return
+    if (largest := float(x.abs().max())) > 2**24:
+        raise ValueError(
+            f"Expected `{name}`, which holds {given}, to be at most 2**24 in size, as far as float32 has every "
+            f"integer, but its largest value is {largest:.10g}; give it in float64, or subtract an offset."
         )
 
 

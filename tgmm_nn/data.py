@@ -92,6 +92,7 @@ class Rows:
             x = x.reshape(-1, n_features)
             x = x if mapped else x.to(like.device)
         self.x, self.sample_weight, self.log_prior = x, sample_weight, log_prior
+        self.given = like.dtype  # that of the last batch, before it was widened
 
     @contextmanager
     def batches(self) -> Iterator[Iterator[Batch]]:
@@ -178,6 +179,7 @@ class Rows:
         return rows, checks.to_weights(batch[self.sample_weight], rows, self.like.dtype, self.like.device)
 
     def _widened(self, rows: Tensor) -> Tensor:
+        self.given = rows.dtype
         return rows.to(self.like.device, wider_dtype(rows.dtype, self.like.dtype))
 
 

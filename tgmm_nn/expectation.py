@@ -387,7 +387,8 @@ def _is_wide(means: Tensor, covariance: Covariance, moments: bool) -> bool:
 def _rows_of_moments(means: Tensor, covariance: Covariance, dtype: torch.dtype) -> int:
     """Return how many rows of moments are formed at once."""
     n_components, n_features = means.shape
-    rows = rows_per_chunk(max(n_components, covariance.n_monomials(n_features)), dtype.itemsize)
+    width = max(n_components, covariance.n_monomials(n_features))
+    rows = rows_per_chunk(width, dtype.itemsize, least=256)  # fewer are not products at full rate
     # Products of features take an operation for each of them in a chunk, which pays in larger ones.
     return rows if covariance.is_narrow(n_features) else 3 * rows
 

@@ -161,13 +161,13 @@ def _keep_freed_memory(x: Tensor) -> None:
         np.empty(2**25 - 2**16, np.uint8)
 
 
-def rows_per_chunk(width: int, element_size: int) -> int:
+def rows_per_chunk(width: int, element_size: int, least: int = 64) -> int:
     """Return how many rows of ``width`` numbers stay below 4 MB, above which fresh arrays fault at each use.
 
     A multiple of 16: where rows are columns of a matrix, its own rows then begin with a line of the cache, which makes
     products and sums a fifth faster.
     """
-    return min(max(4_000_000 // (width * element_size) // 16 * 16, 256), 8192)
+    return min(max(4_000_000 // (width * element_size) // 16 * 16, least), 8192)
 
 
 def _takes_moments(x: Tensor, covariance: Covariance) -> bool:

@@ -43,14 +43,18 @@ def prefers_onednn() -> bool:
 
     MKL takes its AVX2 kernels on processors of AMD, also where they have AVX-512, and is then half as fast as oneDNN.
     So oneDNN is taken there, and nowhere else: on AMD without AVX-512 both are alike, on Intel MKL is fast itself. The
-    environment variable ``TGMM_NN_PRODUCT`` (``"mkl"`` or ``"onednn"``) decides otherwise, before the first product.
+    environment variable ``TGMM_NN_PRODUCT`` (``"mkl"`` or ``"onednn"``; ``"auto"`` is this rule) decides otherwise,
+    before the first product.
 
     Raises:
         ValueError: If the variable is something else.
     """
-    choice = os.environ.get("TGMM_NN_PRODUCT", "auto")
+    choice = os.environ.get("TGMM_NN_PRODUCT") or "auto"
     if choice not in CHOICES:
-        raise ValueError(f"Expected the environment variable TGMM_NN_PRODUCT to be one of {CHOICES}, got {choice!r}.")
+        raise ValueError(
+            f"Expected the environment variable TGMM_NN_PRODUCT to be one of {', '.join(map(repr, CHOICES))}, "
+            f"but got {choice!r}."
+        )
     if choice == "mkl" or not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
     return choice == "onednn" or (torch.backends.cpu.get_cpu_capability() == "AVX512" and _is_amd())

@@ -166,7 +166,7 @@ def look(data: Rows, size: int) -> Found:
         size: Largest number of candidates to keep.
 
     Raises:
-        ValueError: If rows or weights are not finite, too large or negative.
+        ValueError: If rows or weights are not finite, too large or negative, or rows are integers that float32 rounds.
     """
     n_rows, n_weighty, sums, pending = 0, 0, list[Statistics](), list[Candidates]()
     with data.batches() as batches:
@@ -175,6 +175,7 @@ def look(data: Rows, size: int) -> Found:
             rows, weight = checked(batch, of_batch)
             if not len(rows):
                 continue
+            checks.check_exact("x", data.given, rows)
             checks.check_squares("x", rows)
             n_weighty += len(rows)
             labels = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)

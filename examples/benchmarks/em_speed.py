@@ -181,13 +181,14 @@ def main():
     """Measure, print the tables and write the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5, help="rounds, each in new processes")
+    parser.add_argument("--repeats", type=int, help="rounds, each in new processes: 5, or 1 where --quick")
     parser.add_argument("--seconds", type=float, default=2.0, help="least time for a quantity in a process")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=RUNS, help="libraries and dtypes")
     parser.add_argument("--out", type=Path, default=Path("outputs", "em_speed"), help="folder for the plot and the csv")
     parser.add_argument("--quick", action="store_true", help="few rows and components, measured once: a test")
     arguments = parser.parse_args()
+    arguments.repeats = arguments.repeats or (1 if arguments.quick else 5)
     cases = {name: CASES[name] for name in arguments.cases}
     if arguments.quick:
         cases = {name: case._replace(rows=256, d=min(case.d, 16), k=4) for name, case in cases.items()}
