@@ -24,6 +24,7 @@ ORDER = (
     "maximization",
     "assignment",
     "functional",
+    "forms",
     "expectation",
     "transport",
     "marginals",

@@ -295,7 +295,6 @@ def test_large_matrices_are_factorised_by_halves(name, cached, dtype, tolerance,
 
 @torch.no_grad()
 def test_factors_by_halves_are_as_accurate_as_lapacks_where_the_condition_is_high(generator):
-    """By products with inverses alone, errors would grow with the condition to the power of 3/2."""
     axes = torch.linalg.qr(torch.randn(256, 256, generator=generator).double())[0]
     matrix = (axes * torch.logspace(0, -10, 256).double()) @ axes.mT
     matrix = (matrix + matrix.mT) / 2
@@ -308,6 +307,14 @@ def test_factors_by_halves_are_as_accurate_as_lapacks_where_the_condition_is_hig
         return float(torch.linalg.matrix_norm(inverse @ matrix @ inverse.mT - torch.eye(256).double()))
 
     assert error(factor[0].mT) < 3 * error(oracle)
+
+
+@torch.no_grad()
+def test_a_large_matrix_alone_is_not_taken_apart(generator):
+    covariance = COVARIANCES["full"]
+    assert covariance.is_positive(torch.eye(800).double())
+    assert not covariance.is_positive(-torch.eye(800).double())
+    assert torch.equal(covariance.factor(torch.eye(800).double())[0], torch.eye(800).double())
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """Laws of the density, the E-step and the M-step, each against `torch.distributions`, autograd or sums written out."""
 
-import itertools
 from functools import partial
 
 import pytest
@@ -9,14 +8,7 @@ from oracles import assert_near, dense, distribution, joint, random_mixture, res
 
 from tgmm_nn import functional
 from tgmm_nn.covariance import COVARIANCES
-from tgmm_nn.expectation import (
-    blockwise_statistics,
-    conditioning,
-    expectation,
-    moment_rounding,
-    moment_statistics,
-    whitened_statistics,
-)
+from tgmm_nn.expectation import blockwise_statistics, expectation, moment_statistics, whitened_statistics
 from tgmm_nn.functional import Parameters
 from tgmm_nn.maximization import maximize
 from tgmm_nn.statistics import Statistics, hard_statistics, statistics_of
@@ -28,7 +20,7 @@ FORMS = pytest.mark.parametrize("moments", ["by shapes", "moments", "blocks", "b
 def moments(request, monkeypatch):
     """Whether an E-step takes moments; full matrices by blocks of a feature each, as only wide ones are, if asked."""
     if "blocks" in request.param:
-        monkeypatch.setattr("tgmm_nn.expectation.WIDE", 1)
+        monkeypatch.setattr("tgmm_nn.forms.WIDE", 1)
         monkeypatch.setattr("tgmm_nn.triangular.BLOCK", 1)
     return "moments" in request.param
 
@@ -563,69 +555,6 @@ def test_forms_but_moments_in_float32_are_accurate_for_narrow_components_far_apa
     torch.testing.assert_close(
         covariances_of(got, mixture.covariance), expected, rtol=0, atol=1e-5 * float(expected.abs().max())
     )
-
-
-def test_conditioning_is_the_squared_range_in_standard_deviations_of_the_narrowest_component(family, generator):
-    """Its oracle whitens one row of independent features many times over: their mean squares, feature by feature."""
-    mixture = random_mixture(family, generator, n_features=3)
-    scale = torch.tensor([1.0, 2.0, 0.5]).double()
-    factor = torch.linalg.inv(torch.linalg.cholesky(dense(mixture.covariances, 3)))  # the precision's, transposed
-    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=3))).double()
-    squares = (factor @ (signs * scale).mT).square().mean(-1)
-    expected = (squares.amax(-1) * squares.sum(-1)).sqrt().max()
-    assert_near(conditioning(scale, mixture.parameters, mixture.covariance), expected)
-
-
-def test_conditioning_takes_factors_that_do_not_fit_into_a_cache_one_by_one(family, generator, monkeypatch):
-    mixture, scale = random_mixture(family, generator), torch.rand(2, generator=generator).double()
-    expected = conditioning(scale, mixture.parameters, mixture.covariance)
-    monkeypatch.setattr("tgmm_nn.triangular.CACHED", 1)
-    assert_near(conditioning(scale, mixture.parameters, mixture.covariance), expected)
-
-
-def narrow_rows(kind, n_features, generator):
-    """Draw two clusters which are a challenge to moments: far apart, of unlike scales, or of correlated features."""
-    x = torch.randn(4_000, n_features, generator=generator, dtype=torch.float64)
-    far, labels = torch.zeros(2, n_features, dtype=torch.float64), torch.arange(4_000) % 2
-    if kind == "far apart":
-        far[1] = 15.0
-    elif kind == "far along one feature":
-        far[1, 0] = 30.0
-    elif kind == "of unlike scales":
-        x = x * torch.logspace(-3, 3, n_features).double()
-    elif kind == "of correlated features":
-        x = 0.05 * x + torch.randn(4_000, 1, generator=generator, dtype=torch.float64)
-    elif kind == "of high condition":
-        axes = torch.linalg.qr(torch.randn(n_features, n_features, generator=generator, dtype=torch.float64))[0]
-        x = (x * torch.logspace(0, -1.5, n_features).double()) @ axes.mT
-    return (x + far[labels]).float(), labels
-
-
-@pytest.mark.parametrize("n_features", [2, 16, 70])
-@pytest.mark.parametrize(
-    "kind",
-    ["far apart", "far along one feature", "of unlike scales", "of correlated features", "of high condition"],
-)
-@torch.no_grad()
-def test_moments_move_a_covariance_by_about_what_their_rounding_says(kind, n_features, family, generator):
-    """Measured by whitening: the largest relative change of a variance in any direction."""
-    covariance = COVARIANCES[family]
-    x, labels = narrow_rows(kind, n_features, generator)
-    wide = x.double()
-    start = hard_statistics(wide, labels, torch.zeros(2, n_features).double(), covariance)
-    parameters = Parameters(
-        torch.full((2,), 0.5).double(), torch.zeros(2, n_features).double(), covariance.identity(2, n_features).double()
-    )
-    parameters = maximize(start, parameters, covariance)
-    oracle = maximize(whitened_statistics(wide, parameters, covariance), parameters, covariance)
-    scale = (wide - functional.mixture_mean(parameters)).square().mean(0).sqrt()
-    off = moment_rounding(scale, oracle, covariance, torch.float32, len(x))
-    forms = [moment_statistics] + [partial(blockwise_statistics, moments=True)] * (family == "full")
-    for form in forms:
-        got = maximize(form(x, parameters, covariance), parameters, covariance)
-        whitened = dense(covariance.root(got.factor), n_features).mT @ dense(oracle.factor, n_features)
-        change = whitened.mT @ whitened - torch.eye(n_features).double()
-        assert torch.linalg.matrix_norm(change, 2).max() < 2 * off + 1e-6
 
 
 def test_the_mean_of_a_mixture_is_that_of_its_distribution(family, generator):

@@ -223,7 +223,7 @@ def test_three_compiled_updates_are_three_eager_ones(covariance_type, step_size,
     torch._dynamo.reset()
     family, _, blocks = covariance_type.partition(" ")
     if blocks:
-        monkeypatch.setattr("tgmm_nn.expectation.WIDE", 1)
+        monkeypatch.setattr("tgmm_nn.forms.WIDE", 1)
         monkeypatch.setattr("tgmm_nn.triangular.BLOCK", 1)
     gmm = random_layer(family, generator, dtype=torch.float32)
     twin = copy.deepcopy(gmm)

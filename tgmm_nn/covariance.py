@@ -59,8 +59,8 @@ class Full(Covariance):
 
     def is_positive(self, covariance: Tensor, eps: float | None = None, factor: Tensor | None = None) -> Tensor:
         if factor is None:
-            left, exists = in_parts(self._left, covariance)
-            return exists & self._is_clear(left, covariance, eps)
+            remaining, exists = in_parts(self._remaining, covariance)
+            return exists & self._is_clear(remaining, covariance, eps)
         return self._is_clear(self.variances(factor).square().reciprocal(), covariance, eps)
 
     def is_factor(self, factor: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class Full(Covariance):
         return inverse_of_lower(factor.mT)
 
     def square(self, factor: Tensor) -> Tensor:
-        return factor.bmm(factor.mT) if factor.ndim == 3 else factor @ factor.mT  # which takes five more steps
+        return factor.bmm(factor.mT)
 
     def apply(self, element: Tensor, rows: Tensor) -> Tensor:
         return element.expand(len(rows), -1, -1).bmm(rows.unsqueeze(-1)).squeeze(-1)
@@ -149,15 +149,15 @@ class Full(Covariance):
     def normals(self, means: Tensor, factor: Tensor) -> Distribution:
         return MultivariateNormal(means, scale_tril=self.root(factor))
 
-    def _left(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what is left of each variance given the features before it, and which covariances have a factor."""
+    def _remaining(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what remains of each variance given the features before it, and which covariances have a factor."""
         lower, info = torch.linalg.cholesky_ex(covariance)
         return self.variances(lower).square(), info == 0
 
-    def _is_clear(self, left: Tensor, covariance: Tensor, eps: float | None) -> Tensor:
-        # That may be rounding alone, where rows lie in a plane.
+    def _is_clear(self, remaining: Tensor, covariance: Tensor, eps: float | None) -> Tensor:
+        # What remains of a variance may be rounding alone, where rows lie in a plane.
         noise = 10 * covariance.shape[-1] * (eps or torch.finfo(covariance.dtype).eps)
-        return (left > noise * self.variances(covariance)).all(-1)
+        return (remaining > noise * self.variances(covariance)).all(-1)
 
     @staticmethod
     def _pairs(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tgmm_nn.assignment import LOG2_E, SOFT, Assignment, Shares, responsibilities, revivable
 from tgmm_nn.covariance import Covariance
+from tgmm_nn.forms import goes_by_blocks, has_few_moments, rows_of_blocks, rows_of_moments
 from tgmm_nn.functional import (
     chunks,
     joint_of_distances,
@@ -30,8 +31,6 @@ from tgmm_nn.functional import (
 from tgmm_nn.products import SUMMED, product, summed
 from tgmm_nn.statistics import Parameters, Statistics, accumulator_dtype
 from tgmm_nn.triangular import (
-    BLOCK,
-    in_parts,
     second_moments,
     second_moments_of_each,
     symmetric,
@@ -41,25 +40,12 @@ from tgmm_nn.triangular import (
 
 __all__ = [
     "blockwise_statistics",
-    "conditioning",
     "expectation",
-    "moment_rounding",
     "moment_statistics",
     "whitened_statistics",
 ]
 
 Sums = tuple[Tensor, ...]
-
-# Features up to which, of more components than features, products in float64 are no slower than whitening in float32,
-# which then moves more than it adds.
-FEW = 32
-
-# Features from which on full matrices are used by blocks; narrower ones are a product for each component.
-WIDE = 2 * BLOCK
-
-# Moments of a row, at most and in multiples of the numbers that whitening forms, up to which it is faster to form them
-# than to go by blocks of features: of full covariances those of up to about 90 features.
-FORMED, WIDEST = 4, 4500
 
 # Products n · d² of a batch up to which it is quicker to write all of them at once than to pick half of them.
 SMALL = 2**18
@@ -103,11 +89,10 @@ def expectation(
     """
     if assignment.offset is not None:
         parameters = revivable(parameters)
-    wide, (n_components, n_features) = accumulator_dtype(x.device), parameters.means.shape
-    narrow, of_rows = covariance.is_narrow(n_features), (sample_weight, log_prior, assignment)
-    if not narrow and _is_wide(parameters.means, covariance, moments):
+    wide, of_rows = accumulator_dtype(x.device), (sample_weight, log_prior, assignment)
+    if goes_by_blocks(parameters.means, covariance, moments):
         return blockwise_statistics(x, parameters, covariance, *of_rows, moments=moments, chunk_size=chunk_size)
-    if moments or (x.dtype != wide and (narrow or n_features < min(n_components, FEW + 1))):
+    if moments or (x.dtype != wide and has_few_moments(parameters.means, covariance)):
         dtype = x.dtype if moments else wide
         return moment_statistics(x, parameters, covariance, *of_rows, dtype=dtype, chunk_size=chunk_size)
     return whitened_statistics(x, parameters, covariance, *of_rows, chunk_size=chunk_size)
@@ -216,7 +201,7 @@ def moment_statistics(
     theta = torch.cat([constant[:, None], linear, *([] if covariance.tied else [quadratic])], 1).mul_(LOG2_E).to(dtype)
 
     def sums(rows: Tensor, weight: Tensor | None, prior: Tensor | None) -> Sums:
-        rows = rows - origin  # in the wider dtype of both
+        rows = rows.to(dtype) - origin
         _, usable = squared_lengths(rows, x.dtype)
         rows = masked(rows, usable)
         monomials = form.monomials(rows)
@@ -224,7 +209,7 @@ def moment_statistics(
         within = [_within(rows, shares.weight, covariance)] if covariance.tied else []
         return (*_totals(shares), summed(shares.r, monomials.mT), *within)
 
-    size = chunk_size or _rows_of_moments(parameters.means, covariance, dtype)
+    size = chunk_size or rows_of_moments(parameters.means, covariance, dtype)
     log_likelihood, classification, rows, moments, *within = _sum_of_chunks(
         sums, chunks(size, x, sample_weight, log_prior), wide
     )
@@ -274,7 +259,7 @@ def blockwise_statistics(
     origin = mixture_mean(parameters).to(x.dtype)
     about = parameters.about(origin).to(x.dtype)
     maps = whitening(about.means, about.factor)
-    size = chunk_size or _rows_of_blocks(parameters.means, x.dtype, moments)
+    size = chunk_size or rows_of_blocks(parameters.means, x.dtype, moments)
     space = x.new_empty(0 if moments else min(size, len(x)) * n_components * n_features)
 
     def sums(rows: Tensor, weight: Tensor | None, prior: Tensor | None) -> Sums:
@@ -303,70 +288,6 @@ def blockwise_statistics(
     return _statistics(len(x), totals, count, first, second, origin, covariance)
 
 
-def moment_rounding(
-    scale: Tensor,
-    parameters: Parameters,
-    covariance: Covariance,
-    dtype: torch.dtype,
-    n_rows: int,
-    chunk_size: int | None = None,
-) -> Tensor:
-    r"""Return by what fraction of itself moments in a dtype may move a covariance.
-
-    .. math:: \tfrac13 \sqrt m \, \epsilon \, b
-
-    A sum of m numbers of one sign in sequence is off by about :math:`\epsilon \sqrt{m / 12}` of itself, with m the rows
-    of a chunk, since totals are kept in float64; `conditioning` b tells what becomes of that. Measured in float32, for
-    2 to 150 features, conditions up to 1e6 and components up to 300 standard deviations apart: seldom more than twice
-    this.
-
-    Args:
-        scale: Root mean square s of each feature about the reference point, shape ``(d,)``.
-        parameters: Parameters of the E-step.
-        covariance: Structure of the covariances.
-        dtype: Dtype of the rows.
-        n_rows: Number of rows.
-        chunk_size: Rows in a chunk; None is what an E-step chooses.
-
-    References:
-        Higham, The accuracy of floating point summation, 1993.
-    """
-    means = parameters.means
-    by_blocks = not covariance.is_narrow(means.shape[-1]) and _is_wide(means, covariance, moments=True)
-    size = _rows_of_blocks(means, dtype, moments=True) if by_blocks else _rows_of_moments(means, covariance, dtype)
-    rows = min(n_rows, chunk_size or size)
-    return conditioning(scale, parameters, covariance) * (torch.finfo(dtype).eps * rows**0.5 / 3)
-
-
-def conditioning(scale: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
-    r"""Return the squared range of the data in standard deviations of its narrowest component.
-
-    With :math:`m_k` the mean squares of rows whitened by component k, as if features were independent of each other,
-
-    .. math:: b = \max_k \sqrt{\max_i m_{ki} \sum_i m_{ki}}, \qquad m_{ki} = \sum_j s_j^2 (P_k)_{ji}^2
-
-    A relative rounding by ε of each entry of :math:`\sum_n r_{nk} x_n x_n^\top`, independent of the others, becomes an
-    entry of standard deviation :math:`\epsilon \sqrt{m_{ki} m_{kj}}` in the whitened covariance, and the norm of a
-    matrix of such entries is about ε b to 2 ε b.
-
-    Args:
-        scale: Root mean square s of each feature about the reference point, shape ``(d,)``.
-        parameters: Parameters of the E-step.
-        covariance: Structure of the covariances.
-
-    References:
-        Bandeira and van Handel, Sharp nonasymptotic bounds on the norm of random matrices with independent entries,
-        2016.
-    """
-    variances, zeros = scale.square()[None], torch.zeros_like(parameters.means)
-
-    def whitened(factor: Tensor) -> tuple[Tensor]:
-        return (covariance.whiten(variances, zeros[: len(factor)], factor.square()),)
-
-    (squares,) = in_parts(whitened, parameters.factor)
-    return (squares.amax(-1) * squares.sum(-1)).sqrt().amax()
-
-
 def _within(rows: Tensor, weight: Tensor, covariance: Covariance) -> Tensor:
     """Return the second moments of all rows, of which a tied covariance needs no others; in pieces as in `summed`."""
     whole = len(rows) // SUMMED * SUMMED if rows.dtype == torch.float32 else 0
@@ -375,29 +296,6 @@ def _within(rows: Tensor, weight: Tensor, covariance: Covariance) -> Tensor:
         return rest
     pieces = (of_rows[:whole].unflatten(0, (-1, SUMMED)) for of_rows in (rows, weight))
     return rest + covariance.whitened_second(*pieces)
-
-
-def _is_wide(means: Tensor, covariance: Covariance, moments: bool) -> bool:
-    """Return whether full matrices are many blocks, or the moments of a row too many to be formed."""
-    n_features = means.shape[-1]
-    too_many = covariance.n_monomials(n_features) > min(FORMED * means.numel(), WIDEST)
-    return n_features >= WIDE or (moments and too_many)
-
-
-def _rows_of_moments(means: Tensor, covariance: Covariance, dtype: torch.dtype) -> int:
-    """Return how many rows of moments are formed at once."""
-    n_components, n_features = means.shape
-    width = max(n_components, covariance.n_monomials(n_features))
-    rows = rows_per_chunk(width, dtype.itemsize, least=256)  # fewer are not products at full rate
-    # Products of features take an operation for each of them in a chunk, which pays in larger ones.
-    return rows if covariance.is_narrow(n_features) else 3 * rows
-
-
-def _rows_of_blocks(means: Tensor, dtype: torch.dtype, moments: bool) -> int:
-    """Return how many rows are whitened by blocks at once."""
-    rows = rows_per_chunk(means.numel(), dtype.itemsize)
-    # Each chunk adds to K · d² sums, so that it should not have fewer rows than those have columns.
-    return max(2 * means.shape[-1], min(SUMMED, rows) if moments else rows)
 
 
 def _sum_of_chunks(

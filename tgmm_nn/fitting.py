@@ -15,7 +15,8 @@ from tgmm_nn.assignment import HARD, SOFT, Assignment
 from tgmm_nn.covariance import Covariance
 from tgmm_nn.data import Rows
 from tgmm_nn.distributed import attempt, raise_on_all_ranks
-from tgmm_nn.expectation import expectation, moment_rounding
+from tgmm_nn.expectation import expectation
+from tgmm_nn.forms import moment_rounding
 from tgmm_nn.functional import mixture_mean
 from tgmm_nn.maximization import EVERYTHING, Learned, estimate_covariances, maximize, maximize_watched
 from tgmm_nn.priors import Priors
@@ -220,10 +221,21 @@ def expect(
     return Expected(sums, float((climbed + log_prior) / sums.weight()), rounding if moments else 0.0)
 
 
-def rounding_of_moments(parameters: Parameters, found: Survey, options: Options) -> float:
-    """Return how far moments in the dtype of the rows may move a covariance, as a fraction of it."""
-    scale = found.scale(mixture_mean(parameters))  # moments are taken about the mixture's mean
-    return float(moment_rounding(scale, parameters, options.covariance, found.dtype, found.n_rows, options.chunk_size))
+def rounding_of_moments(
+    parameters: Parameters, found: Survey, options: Options, sums: Statistics | None = None
+) -> float:
+    """Return how far moments in the dtype of the rows may move a covariance, as a fraction of it.
+
+    A component of few rows may lie farther out than all rows do on average, or be broader: its mean tells, and of
+    covariances that are not tied its own second moments, where an E-step was made.
+    """
+    origin, covariance = mixture_mean(parameters), options.covariance  # moments are taken about the mixture's mean
+    squares = torch.maximum(found.scale(origin).square(), (parameters.means - origin).square())
+    if sums is not None and not covariance.tied:
+        count, away = sums.count.clamp(min=torch.finfo(torch.float32).tiny)[:, None], sums.origin - origin
+        own = (covariance.variances(sums.second) + 2.0 * sums.first * away) / count + away.square()
+        squares = torch.maximum(squares, own)
+    return float(moment_rounding(squares, parameters, covariance, found.dtype, found.n_rows, options.chunk_size))
 
 
 def leaves_half(rounding: float, dtype: torch.dtype) -> bool:
@@ -241,11 +253,11 @@ def maximize_from(
     """
     sums = expected.sums
     new, singular = options.maximize_watched(sums, parameters, found.dtype)
-    rounding = rounding_of_moments(new, found, options)
+    rounding = rounding_of_moments(new, found, options, sums)
     if expected.rounding and (singular or not leaves_half(rounding, found.dtype)):
         sums = expect(parameters, data, found, options, rounding=math.inf).sums
         new = options.maximize(sums, parameters)
-        rounding = rounding_of_moments(new, found, options)
+        rounding = rounding_of_moments(new, found, options, sums)
     return sums, new, rounding
 
 

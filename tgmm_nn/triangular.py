@@ -83,12 +83,12 @@ def symmetric(rows: Sequence[Tensor]) -> Tensor:
 
 
 def in_parts(function: Callable[..., tuple[Tensor, ...]], *matrices: Tensor) -> tuple[Tensor, ...]:
-    """Return what a function of batches of large matrices gives, a few of them at a time.
+    """Return what a function of batches of matrices ``(K, d, d)`` gives, of large ones a few at a time.
 
     On a CPU fresh arrays that don't fit into its cache take as long as what is done with them.
     """
-    size = max(1, CACHED // matrices[0][0].numel())
-    if len(matrices[0]) <= size or matrices[0].device.type != "cpu":
+    size = max(1, CACHED // matrices[0].shape[-1] ** 2)
+    if matrices[0].ndim != 3 or len(matrices[0]) <= size or matrices[0].device.type != "cpu":
         return function(*matrices)
     results = [function(*part) for part in zip(*(m.split(size) for m in matrices), strict=True)]
     return tuple(torch.cat(values) for values in zip(*results, strict=True))
@@ -111,16 +111,16 @@ def inverse_of_root(matrix: Tensor) -> tuple[Tensor, Tensor]:
     Large ones go by halves,
 
     .. math::
-        L = \begin{pmatrix} L_1 & 0 \\ B & L_2 \end{pmatrix}, \qquad B = A_{21} L_1^{-\top}, \qquad
-        L_2 L_2^\top = A_{22} - B B^\top, \qquad
-        L^{-1} = \begin{pmatrix} L_1^{-1} & 0 \\ -L_2^{-1} B L_1^{-1} & L_2^{-1} \end{pmatrix},
+        L^{-1} = \begin{pmatrix} L_1^{-1} & 0 \\ -L_2^{-1} B L_1^{-1} & L_2^{-1} \end{pmatrix}, \qquad
+        L_1 L_1^\top = A_{11}, \quad B = A_{21} L_1^{-\top}, \quad L_2 L_2^\top = A_{22} - B B^\top,
 
-    so that almost all of it is products: LAPACK's own runs at a fifth of their rate on a processor of AMD.
+    so that almost all of it is products: LAPACK's own runs at a fifth of their rate on a processor of AMD. Measured up
+    to a condition of 1e13, the inverse is off by at most three times as much as LAPACK's.
     """
     if not _goes_by_halves(matrix):
         lower, info = torch.linalg.cholesky_ex(matrix)
         return inverse_of_lower(lower), info == 0
-    inverse, exists = in_parts(lambda part: _root_and_inverse(part)[1:], matrix)
+    inverse, exists = in_parts(_inverse_of_root, matrix)
     return inverse, exists
 
 
@@ -138,19 +138,16 @@ def _inverse(lower: Tensor) -> Tensor:
     return _lower(inverse, (other @ (lower[..., last, first] @ inverse)).neg_(), other)
 
 
-def _root_and_inverse(matrix: Tensor, whole: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Cholesky factors (the first half of them unless ``whole``), their inverses, and which exist."""
+def _inverse_of_root(matrix: Tensor) -> tuple[Tensor, Tensor]:
     n = matrix.shape[-1]
     if n <= BLOCK:
         lower, info = torch.linalg.cholesky_ex(matrix)
-        return lower, _solved(lower), info == 0
+        return _solved(lower), info == 0
     first, last = slice(0, n // 2), slice(n // 2, None)
-    root, inverse, exists = _root_and_inverse(matrix[..., first, first], whole=True)
-    below = torch.linalg.solve_triangular(root, matrix[..., first, last], upper=False).mT
-    rest = torch.baddbmm(matrix[..., last, last], below, below.mT, alpha=-1.0)
-    other_root, other_inverse, others = _root_and_inverse(rest, whole)
-    inverse = _lower(inverse, (other_inverse @ (below @ inverse)).neg_(), other_inverse)
-    return _lower(root, below, other_root) if whole else root, inverse, exists & others
+    inverse, exists = _inverse_of_root(matrix[..., first, first])
+    below = matrix[..., last, first] @ inverse.mT
+    other, others = _inverse_of_root(torch.baddbmm(matrix[..., last, last], below, below.mT, alpha=-1.0))
+    return _lower(inverse, (other @ (below @ inverse)).neg_(), other), exists & others
 
 
 def _lower(first: Tensor, below: Tensor, last: Tensor) -> Tensor:
