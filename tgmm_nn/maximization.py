@@ -163,7 +163,7 @@ class _Found(NamedTuple):
     known: Tensor
 
     def parameters(self, current: Parameters, factor: Tensor, exists: Tensor | None = None) -> Parameters:
-        """Return these with a factor of their covariances, and the current one where there is none."""
+        """Return these with a factor of their covariances, and the current one where none ``exists``; None: all do."""
         if exists is not None:
             factor = torch.where(per_element(self.known & exists, factor), factor, current.factor)
         return Parameters(self.weights.to(current.means.dtype), self.means.to(current.means.dtype), factor)

@@ -54,9 +54,9 @@ class GaussianMixture(MixtureEM):
     which `em_step` alone cannot leave: give it a start by `initialize`, `fit` or `set_parameters`.
 
     Rows ``x`` may be tensors, arrays or lists of any float or integer dtype and on any device; integers are computed
-    with in the mixture's dtype. `fit`, `initialize`, `statistics`, `score`, `bic`, `aic` and `icl` also take a
-    ``DataLoader`` (or any iterable of batches that can be iterated more than once): of a batch that is a tuple they use
-    the first element, and ``sample_weight`` is then the index of the weights in it.
+    with in the mixture's dtype, and `fit` refuses those that it rounds. `fit`, `initialize`, `statistics`, `score`,
+    `bic`, `aic` and `icl` also take a ``DataLoader`` (or any iterable of batches that can be iterated more than once):
+    of a batch that is a tuple they use the first element, and ``sample_weight`` is then the index of the weights in it.
 
     Args:
         n_components: Number of components K.

@@ -16,7 +16,7 @@ CHOICES = ("auto", "mkl", "onednn")
 # Multiplications from which on oneDNN is faster although it prepares each product.
 LARGE = 2**19
 
-# Numbers of which a sum in float32 has digits enough.
+# Numbers that float32 adds up in one piece, at most: the rounding of a sum grows with the root of their number.
 SUMMED = 1024
 
 
@@ -28,7 +28,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 def summed(a: Tensor, b: Tensor) -> Tensor:
     """Return ``a @ b`` of two matrices, where it is a sum of many rows.
 
-    MKL adds small ones up row by row, whose rounding grows with the root of their number, oneDNN in pieces. So do we.
+    In pieces of `SUMMED` rows, since MKL adds small products up row by row; oneDNN has pieces of its own.
     """
     whole = a.shape[-1] // SUMMED * SUMMED
     if a.dtype != torch.float32 or whole == 0 or _by_onednn(a, b):
