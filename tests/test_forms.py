@@ -93,13 +93,12 @@ def change(got, oracle, covariance, n_features):
     return float(torch.linalg.matrix_norm(moved, 2).max())
 
 
-@pytest.mark.parametrize("n_features", [1, 2, 16, 70, 150])
-@pytest.mark.parametrize("rare", [2, 100])
+@pytest.mark.parametrize(("n_features", "rare"), [(1, 2), (2, 100), (16, 100), (70, 20), (150, 2)])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_moments_move_a_covariance_by_about_what_their_rounding_says(kind, rare, n_features, family, generator):
     covariance = COVARIANCES[family]
-    x, labels = narrow_rows(kind, n_features, max(4_000, 3 * rare * n_features), rare, generator)
+    x, labels = narrow_rows(kind, n_features, max(4_000, 2 * rare * n_features), rare, generator)
     wide = x.double()
     parameters = fitted(wide, labels, covariance)
     oracle = maximize(whitened_statistics(wide, parameters, covariance), parameters, covariance)
