@@ -88,54 +88,46 @@ def fitted(folder, *options, launcher=(), name="mixture.pt"):
     return GaussianMixture.load(folder / name)
 
 
+def killed(folder, iteration, *options, launcher=(), name="mixture.pt"):
+    """Run the example until it has made an iteration, kill it, or one of its ranks, and return the exit status."""
+    command = [sys.executable, *launcher, *FIT, "--checkpoint", name, *options]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, **HOW) as run:
+        for line in run.stdout:
+            if line.startswith(f"iteration {iteration},"):
+                ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split() if launcher else [run.pid]
+                os.kill(int(ranks[-1]), signal.SIGKILL)  # a launcher ends the others
+                break
+        run.stdout.read()
+    return run.returncode
+
+
 @pytest.mark.slow
-def test_the_distributed_fit_is_one_mixture_on_any_number_of_processes_by_hand_and_in_a_trainer(tmp_path):
-    one = fitted(tmp_path, name="one.pt")
-    assert int(one.n_updates) == 10
-    ways = {"two": ((), RANKS), "two trainers": (("--trainer",), RANKS)}
-    for name, (options, launcher) in ways.items():
-        other = fitted(tmp_path, *options, launcher=launcher, name=f"{name}.pt")
-        assert int(other.n_updates) == 10
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="asks Linux for the processes of a launcher")
+def test_the_distributed_fit_is_one_mixture_on_any_number_of_processes_also_after_a_kill(tmp_path):
+    """By hand on one process and on two, and in two trainers, of which one is killed."""
+    options = ("--iterations", "30")
+    one = fitted(tmp_path, *options, name="one.pt")
+    assert int(one.n_updates) == 30
+    assert killed(tmp_path, 2, *options) == -signal.SIGKILL
+    assert 2 <= int(GaussianMixture.load(tmp_path / "mixture.pt").n_updates) < 30
+    assert_same_buffers(fitted(tmp_path, *options), copy_of_buffers(one))
+    assert killed(tmp_path, 2, *options, "--trainer", launcher=RANKS, name="trainers.pt") != 0
+    assert 2 <= int(GaussianMixture.load(tmp_path / "trainers.pt").n_updates) < 30
+    for name, way in {"two": (), "trainers": ("--trainer",)}.items():
+        other = fitted(tmp_path, *options, *way, launcher=RANKS, name=f"{name}.pt")
+        assert int(other.n_updates) == 30
         for buffer in ("weights_", "means_", "factor_", "running_count"):
             expected = getattr(one, buffer)
             torch.testing.assert_close(getattr(other, buffer), expected, rtol=1e-4, atol=1e-4, msg=f"{name}: {buffer}")
 
 
-@pytest.mark.slow
-def test_a_distributed_fit_that_was_killed_goes_on_to_the_same_mixture(tmp_path):
-    options = ("--iterations", "30")
-    whole = fitted(tmp_path, *options, name="whole.pt")
-    command = [sys.executable, *FIT, *options]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, **HOW) as run:
-        for line in run.stdout:
-            if line.startswith("iteration 2,"):
-                run.send_signal(signal.SIGKILL)
-                break
-    assert run.returncode == -signal.SIGKILL
-    assert 2 <= int(GaussianMixture.load(tmp_path / "mixture.pt").n_updates) < 30
-    assert_same_buffers(fitted(tmp_path, *options), copy_of_buffers(whole))
-    other = [sys.executable, *FIT, "--components", "4"]
-    run = subprocess.run(other, cwd=tmp_path, capture_output=True, check=False, **HOW)
+def test_the_distributed_fit_does_not_go_on_from_another_mixture(tmp_path):
+    np.save(tmp_path / "rows.npy", np.zeros((9, 4), np.float32))
+    GaussianMixture(3, 4).save(tmp_path / "mixture.pt")
+    command = [sys.executable, str(ROOT / "examples" / "fit_distributed.py"), ".", "--components", "5"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False, timeout=120, **HOW)
     assert run.returncode == 2
     assert "mixture.pt is a mixture of 3 components in 4 features" in run.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="asks Linux for the processes of a launcher")
-def test_trainers_of_which_one_was_killed_go_on_to_the_same_mixture(tmp_path):
-    options = ("--iterations", "30", "--trainer")
-    whole = fitted(tmp_path, *options, launcher=RANKS, name="whole.pt")
-    command = [sys.executable, *RANKS, *FIT, *options]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, **HOW) as run:
-        for line in run.stdout:
-            if line.startswith("iteration 2,"):
-                ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-                os.kill(int(ranks[-1]), signal.SIGKILL)  # the launcher ends the others
-                break
-        run.stdout.read()
-    assert run.returncode != 0
-    assert 2 <= int(GaussianMixture.load(tmp_path / "mixture.pt").n_updates) < 30
-    assert_same_buffers(fitted(tmp_path, *options, launcher=RANKS), copy_of_buffers(whole))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads what Linux tells of a process")
