@@ -25,8 +25,8 @@ from tgmm_nn.functional import (
     masked,
     mixture_mean,
     natural_parameters,
+    row_lengths,
     rows_per_chunk,
-    squared_lengths,
 )
 from tgmm_nn.products import SUMMED, product, summed
 from tgmm_nn.statistics import Parameters, Statistics, accumulator_dtype
@@ -144,7 +144,7 @@ def whitened_statistics(
         shares = responsibilities(joint.mul_(LOG2_E), weight, prior, assignment)
         y.clamp_(-bound, bound).nan_to_num_(0.0)
         first = (shares.r.unsqueeze(1) @ y).squeeze(1)
-        return (*_totals(shares), shares.r.sum(-1), first, covariance.whitened_second(y, shares.r))
+        return (*_totals(shares, wide), shares.r.sum(-1), first, covariance.whitened_second(y, shares.r))
 
     size = chunk_size or rows_per_chunk(n_components * n_features, x.element_size())
     *totals, count, first, second = _sum_of_chunks(sums, chunks(size, x, sample_weight, log_prior), wide)
@@ -195,6 +195,7 @@ def moment_statistics(
         Wainwright and Jordan, Graphical models, exponential families, and variational inference, 2008.
     """
     wide, dtype, n_features = accumulator_dtype(x.device), dtype or x.dtype, x.shape[-1]
+    parameters = parameters.to(wide)
     origin = mixture_mean(parameters).to(dtype)
     form = covariance.whole() if len(x) * n_features**2 <= SMALL else covariance
     constant, linear, quadratic = natural_parameters(parameters, origin, form)
@@ -202,12 +203,12 @@ def moment_statistics(
 
     def sums(rows: Tensor, weight: Tensor | None, prior: Tensor | None) -> Sums:
         rows = rows.to(dtype) - origin
-        _, usable = squared_lengths(rows, x.dtype)
+        _, usable = row_lengths(rows, x.dtype)
         rows = masked(rows, usable)
         monomials = form.monomials(rows)
         shares = responsibilities(product(theta, monomials), weight, prior, assignment, usable)
         within = [_within(rows, shares.weight, covariance)] if covariance.tied else []
-        return (*_totals(shares), summed(shares.r, monomials.mT), *within)
+        return (*_totals(shares, wide), summed(shares.r, monomials.mT), *within)
 
     size = chunk_size or rows_of_moments(parameters.means, covariance, dtype)
     log_likelihood, classification, rows, moments, *within = _sum_of_chunks(
@@ -264,7 +265,7 @@ def blockwise_statistics(
 
     def sums(rows: Tensor, weight: Tensor | None, prior: Tensor | None) -> Sums:
         rows = rows - origin
-        _, usable = squared_lengths(rows, x.dtype)
+        _, usable = row_lengths(rows, x.dtype)
         rows = masked(rows, usable)
         columns = torch.cat([rows.new_ones(1, len(rows)), rows.mT])
         lengths, place = rows.new_zeros(n_components, len(rows)), 0
@@ -278,7 +279,7 @@ def blockwise_statistics(
         shares = responsibilities(joint.mul_(LOG2_E), weight, prior, assignment, usable)
         first = shares.r @ rows if moments else (y @ shares.r[..., None]).squeeze(-1)
         second = second_moments(columns[1:], shares.r) if moments else second_moments_of_each(y, shares.r)
-        return (*_totals(shares), shares.r.sum(-1), first, *second)
+        return (*_totals(shares, wide), shares.r.sum(-1), first, *second)
 
     total = _sum_of_chunks(sums, chunks(size, x, sample_weight, log_prior), wide)
     totals, count, first, second = total[:3], total[3], total[4], symmetric(total[5:])
@@ -309,9 +310,9 @@ def _sum_of_chunks(
     return total
 
 
-def _totals(shares: Shares) -> Sums:
+def _totals(shares: Shares, wide: torch.dtype) -> Sums:
     """Return likelihood, that of the classification, and number of rows."""
-    return (shares.log_likelihood, shares.classification, shares.usable.sum())
+    return (shares.log_likelihood, shares.classification, shares.usable.sum(dtype=wide))
 
 
 def _statistics(

@@ -37,9 +37,9 @@ __all__ = [
     "masked",
     "mixture_mean",
     "natural_parameters",
+    "row_lengths",
     "rows_per_chunk",
     "squared_distances",
-    "squared_lengths",
 ]
 
 LOG_2PI = math.log(2.0 * math.pi)
@@ -99,11 +99,11 @@ def log_density(x: Tensor, parameters: Parameters, covariance: Covariance) -> Te
     # inf - inf would give nan: a row at infinity, or whose square is there, is scored apart and has no gradient.
     moments = _takes_moments(x, covariance)
     rows, origin = _centred(x, parameters, accumulator_dtype(x.device) if moments else x.dtype)
-    squared, usable = squared_lengths(rows, x.dtype)
+    length, usable = row_lengths(rows, x.dtype)
     if torch.is_grad_enabled():  # what such a row becomes is not used, but its gradient would be nan
         rows = masked(rows, usable)
     value = _log_sum(_joint(rows, parameters, origin, covariance, moments))
-    return torch.where(usable, value, -squared).to(x.dtype)
+    return torch.where(usable, value, length * -math.inf).to(x.dtype)
 
 
 def log_density_and_entropy(x: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
@@ -184,10 +184,10 @@ def _centred(x: Tensor, parameters: Parameters, dtype: torch.dtype) -> tuple[Ten
     return x.to(dtype) - origin, origin
 
 
-def squared_lengths(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the squared length of each centred row, and whether it is finite and does not overflow a dtype."""
-    squared = rows.detach().square().sum(-1)
-    return squared, squared <= torch.finfo(dtype).max
+def row_lengths(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the length of each centred row, and whether it is finite and its square does not overflow a dtype."""
+    length = torch.linalg.vector_norm(rows.detach(), dim=-1)
+    return length, length <= torch.finfo(dtype).max ** 0.5
 
 
 def masked(rows: Tensor, usable: Tensor) -> Tensor:
@@ -238,6 +238,6 @@ def _joint(rows: Tensor, parameters: Parameters, origin: Tensor, covariance: Cov
 
 def _log_sum(joint: Tensor) -> Tensor:
     """Return ``joint.logsumexp(0)``, which takes many times as long where components are far apart, on a CPU."""
-    largest, best = joint.max(0)  # of others the difference would carry the rounding of their own size
-    above = largest - joint.log_softmax(0).gather(0, best[None])[0]
-    return torch.where(largest > -math.inf, above, largest)
+    largest, best = joint.max(0, keepdim=True)  # of others the difference would carry the rounding of their own size
+    above = largest - joint.log_softmax(0).gather(0, best)
+    return torch.where(largest > -math.inf, above, largest).squeeze(0)

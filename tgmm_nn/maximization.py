@@ -179,12 +179,12 @@ def _find(
     learned: Learned = EVERYTHING,
 ) -> _Found:
     posterior = _with_priors(statistics, priors)
-    means, alive = _means(posterior), _supported(posterior.count)
+    means, within = centred(posterior, covariance)
+    alive = _supported(posterior.count)
     if learned.means is not None:
         means = torch.where(learned.means[:, None], means, current.means.to(means))
-        # About a mean that is not their own, the rows scatter more.
-        posterior = posterior.about(means)._replace(first=torch.zeros_like(means))
-    element, known = _covariances(statistics, posterior, covariance, reg_covar, reg_covar_relative, priors)
+        within = posterior.about(means).second  # about a mean that is not their own, rows scatter more
+    element, known = _covariances(statistics, within, covariance, reg_covar, reg_covar_relative, priors)
     if learned.covariances is not None:
         known = known & (covariance.pool(learned.covariances.to(statistics.count)) > 0)
     weights = _weights(priors.weights(statistics.count), current.weights, learned.weights)
@@ -199,8 +199,8 @@ def estimate_covariances(
     priors: Priors = NO_PRIORS,
 ) -> tuple[Tensor, Tensor]:
     """Return the covariances of `maximize`, before any is lifted, and which of them rows or a prior determine."""
-    posterior = _with_priors(statistics, priors)
-    return _covariances(statistics, posterior, covariance, reg_covar, reg_covar_relative, priors)
+    _, within = centred(_with_priors(statistics, priors), covariance)
+    return _covariances(statistics, within, covariance, reg_covar, reg_covar_relative, priors)
 
 
 def _weights(mode: Tensor, current: Tensor, learned: Tensor | None) -> Tensor:
@@ -215,28 +215,35 @@ def _weights(mode: Tensor, current: Tensor, learned: Tensor | None) -> Tensor:
 
 def _covariances(
     statistics: Statistics,
-    posterior: Statistics,
+    within: Tensor,
     covariance: Covariance,
     reg_covar: float,
     reg_covar_relative: bool,
     priors: Priors,
 ) -> tuple[Tensor, Tensor]:
+    """Return elements, written into the scatter ``within``, and which are known."""
     mass = priors.degrees(statistics.count, covariance, statistics.first.shape[-1])
     # A mean prior alone knows no covariance: where no row does either, the old one stays.
     known = _supported(mass if priors.scale is not None else covariance.pool(statistics.count))
-    within = scatter(posterior, covariance)
     element = within.div_(per_element(mass.clamp(min=TINY), within))
     ridge = reg_covar * _mean_variance(statistics, covariance) if reg_covar_relative else reg_covar
     return covariance.add_to_diagonal_(element, ridge), known
 
 
-def scatter(statistics: Statistics, covariance: Covariance) -> Tensor:
-    r"""Return the scatter about the weighted means, summed over k when tied.
+def centred(statistics: Statistics, covariance: Covariance) -> tuple[Tensor, Tensor]:
+    r"""Return the weighted means, and the scatter about them, a new tensor, summed over k when tied.
 
     .. math:: T_k = S^{(2)}_k - [S^{(1)}_k S^{(1)\top}_k] / n_k
     """
-    between = covariance.pool(covariance.outer(statistics.first, _shift(statistics)))
-    return torch.sub(statistics.second, between, out=between)  # large ones cost more to allocate than to subtract
+    shift = _shift(statistics)
+    between = covariance.pool(covariance.outer(statistics.first, shift))
+    # Large ones cost more to allocate than to subtract.
+    return statistics.origin + shift, torch.sub(statistics.second, between, out=between)
+
+
+def scatter(statistics: Statistics, covariance: Covariance) -> Tensor:
+    """Return the scatter of `centred` alone."""
+    return centred(statistics, covariance)[1]
 
 
 def _shift(statistics: Statistics) -> Tensor:
@@ -271,7 +278,7 @@ def _means(statistics: Statistics) -> Tensor:
 
 def _mean_variance(statistics: Statistics, covariance: Covariance) -> Tensor:
     """Return the mean over features of the variance of all rows: within components plus between them."""
-    count, means = statistics.count, _means(statistics)
+    count, (means, within) = statistics.count, centred(statistics, covariance)
     total = torch.where(count.sum() > 0, count.sum(), 1.0)
     between = (count[:, None] * (means - count @ means / total).square()).sum(0).mean()
-    return (covariance.mean_diagonal(scatter(statistics, covariance)).sum() + between) / total
+    return (covariance.mean_diagonal(within).sum() + between) / total
