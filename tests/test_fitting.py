@@ -9,6 +9,7 @@ import sys
 import warnings
 from functools import partial
 from itertools import pairwise
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -208,6 +209,33 @@ def _last_of_each_race(rounds):
     [winner] = rounds[-1]
     ends = [i for i, (now, then) in enumerate(pairwise(rounds)) if len(then[0].history) == 1] + [len(rounds) - 1]
     return [next(run for run in rounds[i] if run.number == winner.number) for i in ends]
+
+
+@TO_THE_END
+def test_the_kept_start_goes_on_to_a_tenth_of_the_tolerance(generator):
+    """So that it is no less converged than the best of many whole runs, which stop by chance late."""
+    x = torch.randn(600, 2, generator=generator, dtype=torch.float64)
+    options = {"init_means": "random", "random_state": 0, "dtype": torch.float64, "tol": 1e-4, "max_iter": 500}
+    gmm, one = (GaussianMixture(3, 2, n_init=n, **options).fit(x) for n in (4, 1))
+    for goal, fitted in ((1e-5, gmm), (1e-4, one)):
+        changes = np.abs(np.diff(fitted.history_))
+        assert fitted.converged_
+        assert changes[-1] < goal <= changes[:-1].min()
+
+
+def test_a_run_that_stops_between_its_goal_and_the_tolerance_has_converged(generator):
+    x = torch.randn(600, 2, generator=generator, dtype=torch.float64)
+    gmm = GaussianMixture(3, 2, init_means="random", random_state=0, dtype=torch.float64, tol=1e-4, max_iter=500)
+    data, found = gmm._survey(x, None, sync=True)
+    start, options = next(gmm._starts(found, 1, 1))[0], gmm._em_options()
+    n_iter = len(fitting.fit_from(start, data, found, options, lambda *args: None).history) - 1
+    for more, converged in ((3, True), (-1, False)):
+        short, told = options._replace(max_iter=n_iter + more), Mock()
+        run = fitting.fit_from(start, data, found, short, told, 1e-9)
+        assert len(run.history) - 1 == n_iter + more
+        assert run.converged == converged
+        ends = [call.args[-1] for call in told.call_args_list]
+        assert ends == [""] * (n_iter + more) + ["converged" if converged else "stopped"]
 
 
 def test_starts_that_are_one_are_run_once(kept, generator):

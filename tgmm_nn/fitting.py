@@ -310,7 +310,9 @@ def advance(run: Run, data: Rows, found: Survey, options: Options) -> Run:
     return Run(parameters, statistics, expected, [*run.history, expected.objective], run.number)
 
 
-def fit_from(start: Parameters, data: Rows, found: Survey, options: Options, report: Report) -> Fit:
+def fit_from(
+    start: Parameters, data: Rows, found: Survey, options: Options, report: Report, until: float | None = None
+) -> Fit:
     r"""Run EM until its objective changes by less than ``tol``.
 
     .. math::
@@ -327,17 +329,18 @@ def fit_from(start: Parameters, data: Rows, found: Survey, options: Options, rep
         found: What a first pass over them found.
         options: What shapes the run.
         report: Is told after each E-step.
+        until: Change at which to stop, where it is less than ``tol``, which still tells whether the run converged.
     """
-    run, converged = begin(start, data, found, options), False
+    run, goal = begin(start, data, found, options), options if until is None else options._replace(tol=until)
     report(0, run.history, "")
     for n_iter in range(1, options.max_iter + 1):
         run = advance(run, data, found, options)
-        converged = run.has_converged(options)
-        report(n_iter, run.history, "converged" if converged else "stopped" if n_iter == options.max_iter else "")
-        if converged:
+        ended = n_iter == options.max_iter or run.has_converged(goal)
+        report(n_iter, run.history, "" if not ended else "converged" if run.has_converged(options) else "stopped")
+        if ended:
             break
     lower_bound = float(run.expected.sums.mean_log_likelihood())
-    return Fit(run.parameters, run.statistics, run.history, lower_bound, converged)
+    return Fit(run.parameters, run.statistics, run.history, lower_bound, run.has_converged(options))
 
 
 @contextmanager

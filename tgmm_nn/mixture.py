@@ -80,8 +80,8 @@ class GaussianMixture(MixtureEM):
             ``"global"`` (of all rows), ``"eye"``, or given as ``covariance_prior`` is.
         n_init: Number of starts. `initialize` takes the tightest of so many; `fit` races them by objective, beside as
             many by ``"kpp"`` where they are by ``"kmeans"``: all run EM, of many rows on a sample, the poorer half is
-            dropped every ten iterations, and the one that is left runs on all rows to convergence. Means that are given
-            are one start.
+            dropped every ten iterations, and the one that is left runs on all rows until a change of ``tol / 10``.
+            Means that are given are one start.
         random_state: Seed of the starts and samples; None derives it from ``torch.initial_seed()``. Global generators
             are neither seeded nor advanced.
         cem: Run classification EM: each row belongs wholly to its most probable component, and the likelihood of that

@@ -11,10 +11,14 @@ from tgmm_nn.fitting import Options, Run, advance, begin
 from tgmm_nn.statistics import Parameters
 from tgmm_nn.survey import Survey
 
-__all__ = ["best_of", "race", "race_progress"]
+__all__ = ["FINISH", "best_of", "race", "race_progress"]
 
 # M-steps between two decisions: the order of runs after fewer says little of that at their ends.
 ROUND = 10
+
+# Part of ``tol`` at which the run that is left stops: the best of many whole runs is one that by chance stopped late,
+# and beside the race a few more steps cost little.
+FINISH = 0.1
 
 
 class RaceReport(Protocol):
