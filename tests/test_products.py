@@ -22,7 +22,9 @@ def chosen(monkeypatch):
 
 
 @pytest.mark.parametrize("library", ["mkl", "onednn"])
-@pytest.mark.parametrize(("m", "f", "n"), [(1, 1, 1), (3, 136, 64), (64, 200, 100), (3, 4, 0), (3, 0, 4)])
+@pytest.mark.parametrize(
+    ("m", "f", "n"), [(1, 1, 1), (3, 136, 64), (64, 200, 100), (16, 700, 100), (3, 4, 0), (3, 0, 4)]
+)
 def test_products_are_those_of_float64_also_of_transposed_views(library, m, f, n, chosen, generator):
     chosen(library)
     assert products.prefers_onednn() == (library == "onednn")
@@ -30,6 +32,7 @@ def test_products_are_those_of_float64_also_of_transposed_views(library, m, f, n
     oracle = a.double() @ b.double()
     for right in (b, b.mT.contiguous().mT):
         torch.testing.assert_close(products.product(a, right).double(), oracle, rtol=0, atol=1e-4)
+        torch.testing.assert_close(products.summed(a, right).double(), oracle, rtol=0, atol=1e-4)
     assert torch.equal(products.product(a.double(), b.double()), oracle)
 
 

@@ -149,6 +149,10 @@ class Full(Covariance):
     def normals(self, means: Tensor, factor: Tensor) -> Distribution:
         return MultivariateNormal(means, scale_tril=self.root(factor))
 
+    def _space(self, rows: Tensor, width: int) -> Tensor:
+        # A product of features is a row of its own; without any, rows are copied as they are.
+        return super()._space(rows, width) if self.tied else rows.new_empty(width, len(rows))
+
     def _remaining(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
         """Return what remains of each variance given the features before it, and which covariances have a factor."""
         lower, info = torch.linalg.cholesky_ex(covariance)
@@ -196,9 +200,6 @@ class Uncorrelated(Covariance):
 
     def is_factor(self, factor: Tensor) -> Tensor:
         return (self.variances(factor) > 0).all(-1)
-
-    def _space(self, rows: Tensor, width: int) -> Tensor:
-        return rows.new_empty(len(rows), width).mT
 
     def root(self, factor: Tensor) -> Tensor:
         return factor.reciprocal()

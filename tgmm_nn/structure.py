@@ -202,7 +202,7 @@ class Covariance(ABC):
 
     def _space(self, rows: Tensor, width: int) -> Tensor:
         """Return an empty ``(width, n)`` matrix for `monomials`, of the strides in which they are written fastest."""
-        return rows.new_empty(width, len(rows))
+        return rows.new_empty(len(rows), width).mT
 
     def is_narrow(self, n_features: int) -> bool:
         """Return whether what tells components apart in a row is a product with about as many numbers as it has.
