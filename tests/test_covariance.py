@@ -5,7 +5,7 @@ import torch
 from oracles import assert_near, dense, random_covariances, restrict
 
 from tgmm_nn.covariance import COVARIANCES
-from tgmm_nn.structure import LIFT
+from tgmm_nn.structure import LIFT, Monomials
 
 K, D = 3, 4
 
@@ -162,6 +162,27 @@ def test_features_unpack_into_the_outer_product(form, x):
     assert torch.equal(form.unpack(form.features(x.mT).mT, D), form.outer(x, x))
     assert_near(form.unpack(form.features(x.mT).sum(-1), D), form.outer(x, x).sum(0))
     assert torch.equal(form.pack(form.outer(x, x)), form.features(x.mT).mT)
+
+
+def test_a_writer_writes_the_features_of_what_the_columns_hold_when_it_is_called(form, x):
+    columns, out = torch.empty(D, 7, dtype=torch.float64), torch.empty(form.n_products(D), 7, dtype=torch.float64)
+    with torch.no_grad():
+        write = form.writer(columns, out)
+        for rows in (x, x + 1.0):
+            columns.copy_(rows.mT)
+            write()
+            assert torch.equal(out, form.features(rows.mT))
+
+
+def test_monomials_are_those_of_each_chunk_whatever_its_size_also_where_parts_cannot_be_written(form, x):
+    monomials = Monomials(form)
+    for rows in (x, x + 1.0, x[:3], x[:0], -x):
+        features = [] if form.tied else [form.features(rows.mT)]
+        oracle = torch.cat([torch.ones(1, len(rows), dtype=torch.float64), rows.mT, *features])
+        with torch.no_grad():
+            assert torch.equal(monomials(rows), oracle)
+        assert torch.equal(monomials(rows), oracle)  # with gradients on
+        assert len(oracle) == form.n_monomials(D)
 
 
 def test_lift_adds_a_small_fraction_of_the_mean_variance(covariance, elements):

@@ -14,6 +14,9 @@ tied_spherical     ``(1,)``        ``()``                 1
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
@@ -114,16 +117,24 @@ class Full(Covariance):
     def whitened_second(self, y: Tensor, r: Tensor) -> Tensor:
         return self.pool((y * r.unsqueeze(-1)).mT @ y)
 
-    def features(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def features(self, x: Tensor) -> Tensor:
         d, n = x.shape
         if not writes_into_parts():
             first, second = torch.triu_indices(d, d, device=x.device).unbind()
             return x[first] * x[second]
-        x = x.contiguous()
-        pairs = x.new_empty(self.n_products(d), n) if out is None else out
-        for i, rows in enumerate(pairs.split(list(range(d, 0, -1)))):
-            torch.mul(x[i:], x[i], out=rows)  # a list of products would be copied once more
+        pairs = x.new_empty(self.n_products(d), n)  # a list of products would be copied once more
+        self.writer(x.contiguous(), pairs)()
         return pairs
+
+    def writer(self, x: Tensor, out: Tensor) -> Callable[[], object]:
+        parts = out.split(list(range(len(x), 0, -1)))
+        products = [(x[i:], row, part) for i, (row, part) in enumerate(zip(x, parts, strict=True))]
+
+        def write() -> None:
+            for rows, row, part in products:
+                torch.mul(rows, row, out=part)
+
+        return write
 
     def dual(self, matrix: Tensor, n_features: int) -> Tensor:
         i, j = self._pairs(matrix)
@@ -149,9 +160,9 @@ class Full(Covariance):
     def normals(self, means: Tensor, factor: Tensor) -> Distribution:
         return MultivariateNormal(means, scale_tril=self.root(factor))
 
-    def _space(self, rows: Tensor, width: int) -> Tensor:
+    def space(self, rows: Tensor) -> Tensor:
         # A product of features is a row of its own; without any, rows are copied as they are.
-        return super()._space(rows, width) if self.tied else rows.new_empty(width, len(rows))
+        return super().space(rows) if self.tied else rows.new_empty(self.n_monomials(rows.shape[-1]), len(rows))
 
     def _remaining(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
         """Return what remains of each variance given the features before it, and which covariances have a factor."""
@@ -175,9 +186,11 @@ class Whole(Full):
     def n_products(self, n_features: int) -> int:
         return n_features**2
 
-    def features(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        square = out if out is None else out.unflatten(0, self.shape(len(x)))
-        return torch.mul(x.unsqueeze(1), x, out=square).flatten(0, 1)
+    def features(self, x: Tensor) -> Tensor:
+        return (x.unsqueeze(1) * x).flatten(0, 1)
+
+    def writer(self, x: Tensor, out: Tensor) -> Callable[[], object]:
+        return partial(torch.mul, x.unsqueeze(1), x, out=out.unflatten(0, self.shape(len(x))))
 
     def dual(self, matrix: Tensor, n_features: int) -> Tensor:
         return matrix.flatten(-2)
@@ -266,8 +279,11 @@ class Diagonal(Uncorrelated):
     def whitened_second(self, y: Tensor, r: Tensor) -> Tensor:
         return self.pool(torch.einsum("kn,knd->kd", r, y.square()))
 
-    def features(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.mul(x, x, out=out)
+    def features(self, x: Tensor) -> Tensor:
+        return x.square()
+
+    def writer(self, x: Tensor, out: Tensor) -> Callable[[], object]:
+        return partial(torch.mul, x, x, out=out)
 
     def dual(self, matrix: Tensor, n_features: int) -> Tensor:
         return matrix
@@ -325,8 +341,11 @@ class Spherical(Uncorrelated):
     def whitened_second(self, y: Tensor, r: Tensor) -> Tensor:
         return self.pool((r * y.square().mean(-1)).sum(-1))
 
-    def features(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.mean(x.square(), 0, keepdim=True, out=out)
+    def features(self, x: Tensor) -> Tensor:
+        return x.square().mean(0, keepdim=True)
+
+    def writer(self, x: Tensor, out: Tensor) -> Callable[[], object]:
+        return lambda: torch.mean(x.square(), 0, keepdim=True, out=out)
 
     def dual(self, matrix: Tensor, n_features: int) -> Tensor:
         return n_features * matrix.unsqueeze(-1)

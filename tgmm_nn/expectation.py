@@ -30,6 +30,7 @@ from tgmm_nn.functional import (
 )
 from tgmm_nn.products import SUMMED, product, summed
 from tgmm_nn.statistics import Parameters, Statistics, accumulator_dtype
+from tgmm_nn.structure import Monomials
 from tgmm_nn.triangular import (
     second_moments,
     second_moments_of_each,
@@ -201,11 +202,13 @@ def moment_statistics(
     constant, linear, quadratic = natural_parameters(parameters, origin, form)
     theta = torch.cat([constant[:, None], linear, *([] if covariance.tied else [quadratic])], 1).mul_(LOG2_E).to(dtype)
 
+    monomials_of = Monomials(form)
+
     def sums(rows: Tensor, weight: Tensor | None, prior: Tensor | None) -> Sums:
         rows = rows.to(dtype) - origin
         _, usable = row_lengths(rows, x.dtype)
         rows = masked(rows, usable)
-        monomials = form.monomials(rows)
+        monomials = monomials_of(rows)
         shares = responsibilities(product(theta, monomials), weight, prior, assignment, usable)
         within = [_within(rows, shares.weight, covariance)] if covariance.tied else []
         return (*_totals(shares, wide), summed(shares.r, monomials.mT), *within)

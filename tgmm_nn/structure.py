@@ -11,6 +11,7 @@ The factor of a covariance Σ is P with :math:`\Sigma^{-1} = P P^\top`; :math:`y
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.distributions import Distribution
 
 from tgmm_nn import checks
 
-__all__ = ["LIFT", "Covariance", "writes_into_parts"]
+__all__ = ["LIFT", "Covariance", "Monomials", "writes_into_parts"]
 
 
 def writes_into_parts() -> bool:
@@ -34,6 +35,36 @@ def writes_into_parts() -> bool:
 LIFT = 1e-6
 
 
+class Monomials:
+    r"""Writes :math:`[1; x; [x x^\top]]` of the rows of one chunk over those of the chunk before.
+
+    Without the last where tied: what components have in common tells none apart. Views of parts are made once, since
+    those of many features cost half as much as what is written.
+
+    Args:
+        covariance: Structure whose `Covariance.features` are taken.
+    """
+
+    def __init__(self, covariance: Covariance) -> None:
+        self._covariance = covariance
+        self._space: Tensor | None = None
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Return them for rows ``(n, d)``, shape ``(1 + d + F, n)``; the next call may write over them."""
+        covariance = self._covariance
+        if not writes_into_parts():
+            features = [] if covariance.tied else [covariance.features(rows.mT)]
+            return torch.cat([rows.new_ones(1, len(rows)), rows.mT, *features])
+        if self._space is None or self._space.shape[1] != len(rows):
+            self._space = covariance.space(rows)
+            ones, self._columns, squares = self._space.tensor_split([1, 1 + rows.shape[-1]])
+            ones.fill_(1.0)
+            self._write = (lambda: None) if covariance.tied else covariance.writer(self._columns, squares)
+        self._columns.copy_(rows.mT)
+        self._write()
+        return self._space
+
+
 @dataclass(frozen=True)
 class Covariance(ABC):
     r"""Structure of a covariance; subclasses hold no state besides ``tied``.
@@ -43,7 +74,7 @@ class Covariance(ABC):
     - ``outer`` is bilinear, and ``outer(x, x)`` has mean diagonal :math:`|x|^2 / d`;
     - ``square(root(P)) == c`` for the factor P of every positive definite element c, and ``square(P)`` is its inverse;
     - for a column x, ``dual(A, d) @ features(x)`` is :math:`x^\top A x`, and features unpack into ``outer``; ``pack``
-      undoes ``unpack``;
+      undoes ``unpack``; ``writer`` writes the features of what the column holds when it is called;
     - ``whiten`` gives rows whose squared length is the Mahalanobis distance, and ``log_det`` the matching normaliser;
     - ``unwhiten`` makes of ``Σ r whiten(x)`` and ``whitened_second(whiten(x), r)`` the sums ``Σ r (x - μ)`` and
       ``Σ r outer(x - μ, x - μ)``;
@@ -142,11 +173,12 @@ class Covariance(ABC):
         """Return the elements of ``Σ_n r_nk y_nk y_nkᵀ`` for whitened rows ``(K, n, d)`` and ``r``, ``(K, n)``."""
 
     @abstractmethod
-    def features(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return the independent entries of ``[x xᵀ]`` for each column x of a ``(d, n)`` matrix, shape ``(F, n)``.
+    def features(self, x: Tensor) -> Tensor:
+        """Return the independent entries of ``[x xᵀ]`` for each column x of a ``(d, n)`` matrix, shape ``(F, n)``."""
 
-        They are written into ``out``, where it is given.
-        """
+    @abstractmethod
+    def writer(self, x: Tensor, out: Tensor) -> Callable[[], object]:
+        """Return what writes the `features` of ``x`` into ``out`` each time that it is called."""
 
     @abstractmethod
     def dual(self, matrix: Tensor, n_features: int) -> Tensor:
@@ -181,28 +213,12 @@ class Covariance(ABC):
         return self.n_parameters(n_features)
 
     def n_monomials(self, n_features: int) -> int:
-        """Return how many `monomials` a row has."""
+        """Return how many `Monomials` a row has."""
         return 1 + n_features + (0 if self.tied else self.n_products(n_features))
 
-    def monomials(self, rows: Tensor) -> Tensor:
-        """Return ``[1; x; features of x]`` for each of the rows ``(n, d)``, shape ``(1 + d + F, n)``.
-
-        Without features where tied: what components have in common tells none apart.
-        """
-        n, d = rows.shape
-        if not writes_into_parts():
-            parts = [rows.new_ones(1, n), rows.mT, *([] if self.tied else [self.features(rows.mT)])]
-            return torch.cat(parts)
-        space = self._space(rows, self.n_monomials(d))
-        space[:1].fill_(1.0)
-        columns = space[1 : 1 + d].copy_(rows.mT)
-        if not self.tied:
-            self.features(columns, out=space[1 + d :])
-        return space
-
-    def _space(self, rows: Tensor, width: int) -> Tensor:
-        """Return an empty ``(width, n)`` matrix for `monomials`, of the strides in which they are written fastest."""
-        return rows.new_empty(len(rows), width).mT
+    def space(self, rows: Tensor) -> Tensor:
+        """Return an empty matrix for the `Monomials` of rows, of the strides in which they are written fastest."""
+        return rows.new_empty(len(rows), self.n_monomials(rows.shape[-1])).mT
 
     def is_narrow(self, n_features: int) -> bool:
         """Return whether what tells components apart in a row is a product with about as many numbers as it has.
