@@ -220,6 +220,12 @@ NO_ARRAY = "Expected `a` to be a tensor, array, list or number that holds real n
         (None, TypeError, NO_ARRAY + "None (NoneType)."),
         ({"a": 1}, TypeError, NO_ARRAY + "{'a': 1} (dict)."),
         ([[1.0], [1.0, 2.0]], TypeError, NO_ARRAY + "[[1.0], [1.0, 2.0]] (list); its rows differ in length."),
+        (
+            [torch.zeros(2, 1), torch.zeros(1, 1)],
+            TypeError,
+            NO_ARRAY + "[tensor([[0.], [0.]]), tensor([[0.]])] (list); batches that differ in length are a stream: "
+            "DataLoader(batches, batch_size=None).",
+        ),
         (np.ma.masked_array([1.0, 2.0], [True, False]), TypeError, NO_ARRAY + "masked_array("),
         (["a"], TypeError, NO_ARRAY + "['a'] (list)."),
         (True, TypeError, NO_ARRAY + "True (bool)."),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracles import assert_near, dense, random_covariances, restrict
 
-from tgmm_nn.covariance import COVARIANCES
+from tgmm_nn.covariance import COVARIANCES, Full
 from tgmm_nn.structure import LIFT, Monomials
 
 K, D = 3, 4
@@ -183,6 +183,16 @@ def test_monomials_are_those_of_each_chunk_whatever_its_size_also_where_parts_ca
             assert torch.equal(monomials(rows), oracle)
         assert torch.equal(monomials(rows), oracle)  # with gradients on
         assert len(oracle) == form.n_monomials(D)
+
+
+@torch.no_grad()
+def test_chunks_of_one_size_share_the_memory_of_their_monomials(form, x):
+    monomials = Monomials(form)
+    first = monomials(x)
+    assert monomials(x + 1.0).data_ptr() == first.data_ptr()
+    assert torch.equal(first[1 : 1 + D], (x + 1.0).mT)
+    # Products of features are rows in memory, rows of a chunk otherwise.
+    assert first.is_contiguous() == (isinstance(form, Full) and not form.tied)
 
 
 def test_lift_adds_a_small_fraction_of_the_mean_variance(covariance, elements):

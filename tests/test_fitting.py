@@ -228,7 +228,7 @@ def test_a_run_that_stops_between_its_goal_and_the_tolerance_has_converged(gener
     gmm = GaussianMixture(3, 2, init_means="random", random_state=0, dtype=torch.float64, tol=1e-4, max_iter=500)
     data, found = gmm._survey(x, None, sync=True)
     start, options = next(gmm._starts(found, 1, 1))[0], gmm._em_options()
-    n_iter = len(fitting.fit_from(start, data, found, options, lambda *args: None).history) - 1
+    n_iter = len(fitting.fit_from(start, data, found, options, Mock(), options.tol).history) - 1
     for more, converged in ((3, True), (-1, False)):
         short, told = options._replace(max_iter=n_iter + more), Mock()
         run = fitting.fit_from(start, data, found, short, told, 1e-9)

@@ -105,6 +105,24 @@ def test_log_density_is_minus_infinity_at_infinity_without_gradient_and_nan_at_n
     assert (gradient[1:4] == 0).all()
 
 
+@pytest.mark.parametrize("n_features", [3, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_row_whose_square_just_overflows_has_no_gradient_and_enters_no_sums(family, dtype, n_features, generator):
+    """Its length is rounded, and so are sums of squares: whether these overflow can't be told from the length alone."""
+    mixture = random_mixture(family, generator, n_features=n_features, dtype=dtype)
+    parameters = mixture.parameters._replace(factor=mixture.covariance.identity(3, n_features).to(dtype))
+    directions = torch.nn.functional.normalize(torch.randn(40, n_features, generator=generator, dtype=dtype))
+    x = directions * torch.finfo(dtype).max ** 0.5 * torch.linspace(1 - 1e-6, 1 + 1e-6, 40, dtype=dtype)[:, None]
+    x.requires_grad_()
+    value = functional.log_density(x, parameters, mixture.covariance)
+    value.sum().backward()
+    assert (value == -torch.inf).all()
+    assert (x.grad == 0).all()
+    sums = moment_statistics(x.detach(), parameters, mixture.covariance)
+    assert (sums.rows, sums.skipped) == (0, 40)
+    assert all(torch.isfinite(values).all() for values in sums.sums())
+
+
 def test_a_component_of_weight_zero_does_not_count(family, generator):
     mixture = random_mixture(family, generator)
     x = rows_of(mixture, 20, generator)

@@ -48,6 +48,24 @@ def test_sums_of_many_rows_keep_their_digits(library, n, m, f, chosen):
         torch.testing.assert_close(sums.double(), a.double() @ b.double(), rtol=3e-5, atol=0)
 
 
+@pytest.mark.parametrize(("m", "n", "f", "larger_first"), [(16, 700, 100, True), (64, 700, 100, False)])
+def test_onednn_takes_the_larger_matrix_first_only_where_it_is_contiguous(m, n, f, larger_first, chosen, monkeypatch):
+    """A factor that is no dense matrix would cost hundreds of times as much."""
+    chosen("onednn")
+    onednn, lengths = products._onednn, []
+
+    def noted(a, b):
+        assert a.is_contiguous()
+        lengths.append(len(a))
+        return onednn(a, b)
+
+    monkeypatch.setattr(products, "_onednn", noted)
+    a, b = torch.ones(m, n), torch.ones(n, f)
+    for right in (b, b.mT.contiguous().mT):
+        assert torch.equal(products.summed(a, right), torch.full((m, f), float(n)))
+    assert lengths == [m, f if larger_first else m]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_tied_covariance_keeps_its_digits_on_many_rows(dtype, generator):
     mixture = random_mixture("tied_full", generator)

@@ -242,6 +242,8 @@ def to_tensor(name: str, value: Any, dtype: torch.dtype) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         kind = f" of dtype {value.dtype}" if isinstance(value, np.ndarray) else ""
         ragged = "; its rows differ in length" if "inhomogeneous" in str(error) else ""
+        if ragged and isinstance(value[0], (Tensor, np.ndarray)):
+            ragged = "; batches that differ in length are a stream: DataLoader(batches, batch_size=None)"
         raise TypeError(
             f"Expected `{name}` to be a tensor, array, list or number that holds real numbers, "
             f"but got {_shown(value)} ({type(value).__name__}{kind}){ragged}."

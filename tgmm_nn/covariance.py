@@ -344,9 +344,6 @@ class Spherical(Uncorrelated):
     def features(self, x: Tensor) -> Tensor:
         return x.square().mean(0, keepdim=True)
 
-    def writer(self, x: Tensor, out: Tensor) -> Callable[[], object]:
-        return lambda: torch.mean(x.square(), 0, keepdim=True, out=out)
-
     def dual(self, matrix: Tensor, n_features: int) -> Tensor:
         return n_features * matrix.unsqueeze(-1)
 

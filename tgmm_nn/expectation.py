@@ -196,7 +196,6 @@ def moment_statistics(
         Wainwright and Jordan, Graphical models, exponential families, and variational inference, 2008.
     """
     wide, dtype, n_features = accumulator_dtype(x.device), dtype or x.dtype, x.shape[-1]
-    parameters = parameters.to(wide)
     origin = mixture_mean(parameters).to(dtype)
     form = covariance.whole() if len(x) * n_features**2 <= SMALL else covariance
     constant, linear, quadratic = natural_parameters(parameters, origin, form)

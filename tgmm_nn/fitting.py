@@ -283,9 +283,9 @@ class Run(NamedTuple):
         """What EM climbed so far; −inf where it is not a number."""
         return comparable(self.history[-1])
 
-    def has_converged(self, options: Options) -> bool:
+    def has_converged(self, tol: float) -> bool:
         """Return whether the last M-step changed the objective by less than ``tol``."""
-        return len(self.history) > 1 and abs(self.history[-1] - self.history[-2]) < options.tol
+        return len(self.history) > 1 and abs(self.history[-1] - self.history[-2]) < tol
 
     def precise(self, data: Rows, found: Survey, options: Options) -> Run:
         """Return the run with its E-step in a precise form."""
@@ -294,7 +294,7 @@ class Run(NamedTuple):
 
     def is_over(self, options: Options) -> bool:
         """Return whether it has converged, or made as many M-steps as it may."""
-        return self.has_converged(options) or len(self.history) > options.max_iter
+        return self.has_converged(options.tol) or len(self.history) > options.max_iter
 
 
 def begin(start: Parameters, data: Rows, found: Survey, options: Options, number: int = 1) -> Run:
@@ -310,10 +310,8 @@ def advance(run: Run, data: Rows, found: Survey, options: Options) -> Run:
     return Run(parameters, statistics, expected, [*run.history, expected.objective], run.number)
 
 
-def fit_from(
-    start: Parameters, data: Rows, found: Survey, options: Options, report: Report, until: float | None = None
-) -> Fit:
-    r"""Run EM until its objective changes by less than ``tol``.
+def fit_from(start: Parameters, data: Rows, found: Survey, options: Options, report: Report, goal: float) -> Fit:
+    r"""Run EM until its objective changes by less than a goal.
 
     .. math::
         \frac1N \Big( \sum_n \log p(x_n) + \log p(\pi, \mu, \Sigma) \Big),
@@ -329,18 +327,19 @@ def fit_from(
         found: What a first pass over them found.
         options: What shapes the run.
         report: Is told after each E-step.
-        until: Change at which to stop, where it is less than ``tol``, which still tells whether the run converged.
+        goal: Change at which to stop, at most ``tol``. A run that reaches ``max_iter`` in between has converged, too.
     """
-    run, goal = begin(start, data, found, options), options if until is None else options._replace(tol=until)
+    run = begin(start, data, found, options)
     report(0, run.history, "")
     for n_iter in range(1, options.max_iter + 1):
-        run = advance(run, data, found, options)
-        ended = n_iter == options.max_iter or run.has_converged(goal)
-        report(n_iter, run.history, "" if not ended else "converged" if run.has_converged(options) else "stopped")
-        if ended:
+        run, end = advance(run, data, found, options), ""
+        if run.has_converged(goal) or n_iter == options.max_iter:
+            end = "converged" if run.has_converged(options.tol) else "stopped"
+        report(n_iter, run.history, end)
+        if end:
             break
     lower_bound = float(run.expected.sums.mean_log_likelihood())
-    return Fit(run.parameters, run.statistics, run.history, lower_bound, run.has_converged(options))
+    return Fit(run.parameters, run.statistics, run.history, lower_bound, run.has_converged(options.tol))
 
 
 @contextmanager

@@ -113,8 +113,8 @@ class MixtureEM(MixtureSteps):
         a quarter of it (with a ``log_prior`` on all rows). After every ten M-steps the half of poorer objective is
         dropped, and of starts that came to the same objective all but one; runs that converged wait. The one that is
         left goes on with all rows until a change of ``tol / 10``; of this run, which may make another ``max_iter``
-        M-steps, tell ``history_``, ``n_iter_`` and ``converged_``. A race may drop the start that would have ended
-        highest.
+        M-steps, tell ``history_``, ``n_iter_`` and ``converged_``, whether it came to ``tol``. A race may drop the
+        start that would have ended highest.
 
         In a ``torch.distributed`` world the rows of all ranks are one data set, and each rank ends with the mixture
         that one process would find: ranks exchange what the first pass found, the start is rank zero's, and the sums
@@ -173,7 +173,8 @@ class MixtureEM(MixtureSteps):
             start, _ = next(self._starts(found, 1, 1))
         reporter = progress(speaks and self.verbose, self.verbose_interval, self.max_iter)
         with full_precision(self.means_.device), reporter as report:
-            best = fit_from(start, data, found, options, report, FINISH * self.tol if n_starts > 1 else None)
+            goal = self.tol * (FINISH if n_starts > 1 else 1.0)
+            best = fit_from(start, data, found, options, report, goal)
         if not math.isfinite(best.objective):
             raise ValueError(
                 f"Expected `x` to lead EM to a finite mixture, but the objective ended as {best.history[-1]}; rescale "

@@ -87,7 +87,8 @@ class GaussianMixture(MixtureEM):
         cem: Run classification EM: each row belongs wholly to its most probable component, and the likelihood of that
             classification is climbed.
         max_iter: Largest number of M-steps in one `fit`.
-        tol: `fit` has converged when its objective changes by less than this, in nats per row.
+        tol: `fit` has converged when its objective changes by less than this, in nats per row; of several starts, the
+            one that is left goes on to a tenth of it, as far as ``max_iter`` allows.
         reg_covar: Number added to the diagonal of each covariance.
         reg_covar_relative: Read ``reg_covar`` as a fraction of the mean variance of the data, so that EM does not
             depend on units.

@@ -36,33 +36,41 @@ LIFT = 1e-6
 
 
 class Monomials:
-    r"""Writes :math:`[1; x; [x x^\top]]` of the rows of one chunk over those of the chunk before.
+    r"""Gives :math:`[1; x; [x x^\top]]` of each row x of a chunk, in memory that all chunks of one size share.
 
-    Without the last where tied: what components have in common tells none apart. Views of parts are made once, since
-    those of many features cost half as much as what is written.
+    A tied structure has no products of features: what components have in common tells none apart. Memory and its views
+    are made once, since views of many features take half as long as what is written into them.
 
     Args:
         covariance: Structure whose `Covariance.features` are taken.
+
+    Example:
+        >>> from tgmm_nn.covariance import Diagonal
+        >>> Monomials(Diagonal())(torch.tensor([[2.0, 3.0]])).flatten()
+        tensor([1., 2., 3., 4., 9.])
     """
 
     def __init__(self, covariance: Covariance) -> None:
         self._covariance = covariance
-        self._space: Tensor | None = None
+        # The memory, the part of it that holds x, and what writes the features of that into the rest.
+        self._parts: tuple[Tensor, Tensor, Callable[[], object] | None] | None = None
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Return them for rows ``(n, d)``, shape ``(1 + d + F, n)``; the next call may write over them."""
+        """Return them for rows ``(n, d)``, shape ``(1 + d + F, n)``: valid until the next call."""
         covariance = self._covariance
         if not writes_into_parts():
-            features = [] if covariance.tied else [covariance.features(rows.mT)]
-            return torch.cat([rows.new_ones(1, len(rows)), rows.mT, *features])
-        if self._space is None or self._space.shape[1] != len(rows):
-            self._space = covariance.space(rows)
-            ones, self._columns, squares = self._space.tensor_split([1, 1 + rows.shape[-1]])
+            products = [] if covariance.tied else [covariance.features(rows.mT)]
+            return torch.cat([rows.new_ones(1, len(rows)), rows.mT, *products])
+        if self._parts is None or self._parts[0].shape[1] != len(rows):
+            space = covariance.space(rows)
+            ones, columns, features = space.tensor_split([1, 1 + rows.shape[-1]])
             ones.fill_(1.0)
-            self._write = (lambda: None) if covariance.tied else covariance.writer(self._columns, squares)
-        self._columns.copy_(rows.mT)
-        self._write()
-        return self._space
+            self._parts = space, columns, None if covariance.tied else covariance.writer(columns, features)
+        space, columns, write = self._parts
+        columns.copy_(rows.mT)
+        if write is not None:
+            write()
+        return space
 
 
 @dataclass(frozen=True)
@@ -177,10 +185,6 @@ class Covariance(ABC):
         """Return the independent entries of ``[x xᵀ]`` for each column x of a ``(d, n)`` matrix, shape ``(F, n)``."""
 
     @abstractmethod
-    def writer(self, x: Tensor, out: Tensor) -> Callable[[], object]:
-        """Return what writes the `features` of ``x`` into ``out`` each time that it is called."""
-
-    @abstractmethod
     def dual(self, matrix: Tensor, n_features: int) -> Tensor:
         """Return what makes a product with `features` the quadratic form ``xᵀ A x``, shape ``(..., F)``."""
 
@@ -207,6 +211,10 @@ class Covariance(ABC):
     def whole(self) -> Covariance:
         """Return the structure with the quickest `features` of few rows, which may repeat entries."""
         return self
+
+    def writer(self, x: Tensor, out: Tensor) -> Callable[[], object]:
+        """Return what writes the `features` of ``x`` into ``out`` each time that it is called."""
+        return lambda: out.copy_(self.features(x))
 
     def n_products(self, n_features: int) -> int:
         """Return the number F of `features`."""
