@@ -105,6 +105,16 @@ def test_log_density_is_minus_infinity_at_infinity_without_gradient_and_nan_at_n
     assert (gradient[1:4] == 0).all()
 
 
+def test_the_reference_point_is_a_number_of_the_mixtures_dtype(family, generator):
+    """So that float32 rows less this point are exact."""
+    mixture = random_mixture(family, generator, dtype=torch.float32)
+    x = rows_of(mixture, 20, generator, torch.float32)
+    for form in (moment_statistics, partial(moment_statistics, dtype=torch.float64)):
+        origin = form(x, mixture.parameters, mixture.covariance).origin
+        assert torch.equal(origin.float().double(), origin.double())
+        assert_near(origin.double(), mixture.parameters.weights.double() @ mixture.parameters.means.double(), 1e-6)
+
+
 @pytest.mark.parametrize("n_features", [3, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_row_whose_square_just_overflows_has_no_gradient_and_enters_no_sums(family, dtype, n_features, generator):
