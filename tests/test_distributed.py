@@ -143,9 +143,9 @@ def test_alone_there_is_nothing_to_do():
 
 
 @pytest.mark.slow
-def test_the_example_gives_under_torchrun_what_it_gives_in_one_process(tmp_path):
+@pytest.mark.parametrize("n_ranks", [2, 3])
+def test_the_example_gives_under_torchrun_what_it_gives_in_one_process(n_ranks, tmp_path):
     """Plain torch.distributed, without Lightning: uneven shares of the rows, exact steps; and all ranks end."""
-    n_ranks = 3
     script = [str(ROOT / "examples" / "em_on_ranks.py"), "--steps", "8", "--save"]
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
