@@ -160,7 +160,7 @@ def draw_ratios(cases, median, title, path):
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
     ax.set_yticks(range(len(cases)), [f"{name}\n({c.rows:,}, {c.d}, {c.k})" for name, c in cases.items()])
     ax.invert_yaxis()
-    ax.set(title=title, xlabel="times as fast as scikit-learn, one EM iteration of ours in float32 (logarithmic)")
+    ax.set(title=title, xlabel="times as fast as scikit-learn, our iteration in float32 (logarithmic)")
     ax.minorticks_off()
     ax.figure.legend(loc="outside lower center", ncols=4, fontsize="small")
     save(ax, path)
