@@ -7,7 +7,7 @@ import torch
 from oracles import assert_near, joint, random_layer, random_mixture
 
 from tgmm_nn import GaussianMixture
-from tgmm_nn.assignment import HARD, Assignment
+from tgmm_nn.assignment import HARD, LEAST_SHARE, SOFT, Assignment, responsibilities
 from tgmm_nn.expectation import expectation
 from tgmm_nn.functional import log_density, log_density_and_entropy
 from tgmm_nn.transport import sinkhorn
@@ -49,6 +49,32 @@ def test_a_temperature_divides_the_joint(mixture, x, temperature, moments):
     sums = expectation(x, mixture.parameters, mixture.covariance, **how)
     assert_sums_are(sums, r, x)
     assert_near(sums.log_likelihood, log_density(x, mixture.parameters, mixture.covariance).sum(), 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shares_too_small_for_any_sum_are_none(dtype):
+    """Subnormal ones slow a product many times on some processors."""
+    away = torch.tensor([0.0, 30.0, 60.0, 68.0, 70.0, 90.0, 100.0, 1000.0], dtype=dtype)
+    joint = torch.stack([torch.full_like(away, -50.0), -50.0 - away])
+    oracle = joint.double().softmax(0)
+    shares = responsibilities(joint.clone(), None, None, SOFT)
+    kept = oracle >= LEAST_SHARE
+    assert kept[1].tolist() == [True] * 4 + [False] * 4
+    torch.testing.assert_close(shares.r.double(), torch.where(kept, oracle, 0.0), rtol=1e-4, atol=0)
+    assert_near(shares.log_likelihood.double(), joint.double().logsumexp(0).sum(), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("assignment", [SOFT, HARD, Assignment(temperature=0.5), Assignment(temperature=4.0)])
+def test_a_density_that_is_no_number_is_that_of_a_component_far_away(dtype, value, assignment):
+    joint = torch.tensor([[value, value, -1.0], [-2.0, value, -2.0]], dtype=dtype)
+    shares = responsibilities(joint.clone(), None, None, assignment)
+    assert shares.r[:, :2].tolist() == [[0.0, 0.0], [1.0, 0.0]]
+    assert_near(shares.r[:, 2].sum(), torch.ones((), dtype=dtype), 1e-6)
+    assert shares.usable.tolist() == [True, False, True]
+    assert_near(shares.log_likelihood, -2.0 + joint[:, 2].logsumexp(0), 1e-6)
+    assert_near(shares.classification, torch.tensor(-3.0, dtype=dtype), 1e-6)
 
 
 def test_offsets_are_added_and_may_be_followed_wholly(mixture, x):

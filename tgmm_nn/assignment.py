@@ -10,9 +10,11 @@ from torch import Tensor
 
 from tgmm_nn.statistics import Parameters
 
-__all__ = ["HARD", "LOG2_E", "SOFT", "Assignment", "Shares", "responsibilities", "revivable"]
+__all__ = ["HARD", "SOFT", "Assignment", "Shares", "responsibilities", "revivable"]
 
-LOG2_E = math.log2(math.e)
+# Shares below this are none. Smaller ones would change no sum, but become subnormal numbers in float32, which slow its
+# products on a processor of Intel by up to ten times.
+LEAST_SHARE = 1e-30
 
 
 class Assignment(NamedTuple):
@@ -70,28 +72,28 @@ def responsibilities(
 ) -> Shares:
     """Share rows among components.
 
-    Components come first, since a softmax over the first axis runs along the rows. All is in base 2: where it
-    underflows, as it does for components far apart, the natural exponential is many times slower on a CPU.
+    Components come first, since a softmax over the first axis runs along the rows. One that is not a number, as
+    where infinities cancel, counts as that of a component infinitely far away.
 
     Args:
-        joint: Logarithm in base 2 of each weighted component density, shape ``(K, n)``.
+        joint: Logarithm of each weighted component density in nats, shape ``(K, n)``; written into.
         sample_weight: Weight of each row, shape ``(n,)``.
         log_prior: Log-prior of each row over components in nats, shape ``(n, K)``.
         assignment: How a row is shared among components.
         usable: Which rows may enter, shape ``(n,)``; all that have any density do.
     """
     if log_prior is not None:
-        joint = torch.add(joint, log_prior.mT, alpha=LOG2_E)
+        joint = joint + log_prior.mT
         joint = torch.where(joint.isnan().any(0), -math.inf, joint)  # also 0 · nan is nan
-    r, largest, total = _softmax(joint)
-    log_p = largest + total.log2()
-    usable, scores = _is_bounded(largest) & usable, joint
+    r, largest = _softmax(joint)
+    log_p = largest - r.amax(0).log_()
+    usable, scores = (largest > torch.finfo(joint.dtype).min) & usable, joint
     if assignment.is_tilted:
         scores = joint / assignment.temperature
         if assignment.offset is not None:
-            scores = torch.add(scores, assignment.offset[:, None], alpha=LOG2_E)
-        r, highest, total = _softmax(scores)
-        usable = usable & _is_bounded(highest)
+            scores = scores + assignment.offset[:, None]
+        r, highest = _softmax(scores)
+        usable = usable & (highest > torch.finfo(joint.dtype).min)
     weight = usable.to(joint.dtype)
     if sample_weight is not None:
         sample_weight = sample_weight.to(joint.dtype)
@@ -100,25 +102,18 @@ def responsibilities(
     if assignment.hard:
         r = torch.zeros_like(r).scatter_(0, scores.argmax(0)[None], weight[None].to(r.dtype))
     else:
-        r.mul_(weight / total)
-    in_nats = weight / LOG2_E
-    return Shares(r, weight, log_p @ in_nats, largest @ in_nats, usable)
+        r.mul_(weight)
+    return Shares(r, weight, log_p @ weight, largest @ weight, usable)
 
 
-def _softmax(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return powers of two relative to the largest of each row, that largest score, and the sum of the powers.
+def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the softmax over components and each row's largest score; those not finite become the least number.
 
-    All are finite where no score is: the largest is then the dtype's least number, and the sum, of at least the largest
-    power, is 1.
+    So both are finite also where no score is.
     """
-    largest = scores.amax(0).clamp_(min=torch.finfo(scores.dtype).min)
-    r = (scores - largest).exp2_()
-    return r, largest, r.sum(0).clamp_(min=1.0)
-
-
-def _is_bounded(largest: Tensor) -> Tensor:
-    """Return which rows have a score between the dtype's least and largest number."""
-    return largest.abs() < torch.finfo(largest.dtype).max
+    least = torch.finfo(scores.dtype).min
+    largest = scores.nan_to_num_(least, least, least).amax(0)
+    return torch.threshold_(scores - largest, math.log(LEAST_SHARE), least).softmax(0), largest
 
 
 def revivable(parameters: Parameters) -> Parameters:

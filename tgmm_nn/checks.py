@@ -157,12 +157,12 @@ def check_rows(name: str, x: Tensor, n_features: int) -> None:
         )
 
 
-def to_weights(sample_weight: Any, x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """Return the weights of rows ``(..., d)`` flat, shape ``(n,)``, on a device, or raise; None stays None."""
+def to_weights(sample_weight: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """Return the weights of rows, of a shape without features, flat on a device, or raise; None stays None."""
     if sample_weight is None:
         return None
     weight = to_tensor("sample_weight", sample_weight, dtype).detach()
-    check_sample_weight(weight, tuple(x.shape[:-1]))
+    check_sample_weight(weight, shape)
     return weight.reshape(-1).to(device)
 
 

@@ -109,10 +109,11 @@ class Full(Covariance):
 
     def whiten(self, x: Tensor, means: Tensor, factor: Tensor) -> Tensor:
         # One product for each factor and block of its columns; the means are whitened apart and subtracted.
-        rows, blocks = x.expand(len(factor), -1, -1), blocks_of(x.shape[-1])
+        rows, blocks = x.expand(len(factor), -1, -1), list(blocks_of(x.shape[-1]))
         shift = means.unsqueeze(-2).bmm(factor.expand(len(means), -1, -1))
-        y = [rows[..., :j].bmm(factor[..., :j, i:j]) - shift[..., i:j] for i, j in blocks]
-        return y[0] if len(y) == 1 else torch.cat(y, -1)
+        if len(blocks) == 1:
+            return rows.bmm(factor) - shift
+        return torch.cat([rows[..., :j].bmm(factor[..., :j, i:j]) - shift[..., i:j] for i, j in blocks], -1)
 
     def whitened_second(self, y: Tensor, r: Tensor) -> Tensor:
         return self.pool((y * r.unsqueeze(-1)).mT @ y)

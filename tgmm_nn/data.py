@@ -87,8 +87,8 @@ class Rows:
             x = x if mapped else checks.to_tensor("x", x, like.dtype).detach()
             form = _form(x) if mapped else x
             checks.check_rows("x", form, n_features)
-            sample_weight = checks.to_weights(sample_weight, form, like.dtype, like.device)
             self.shape = tuple(x.shape)
+            sample_weight = checks.to_weights(sample_weight, self.shape[:-1], like.dtype, like.device)
             x = x.reshape(-1, n_features)
             x = x if mapped else x.to(like.device)
         self.x, self.sample_weight, self.log_prior = x, sample_weight, log_prior
@@ -176,7 +176,8 @@ class Rows:
                 f"Expected batches of `x` that hold weights at index sample_weight={self.sample_weight}, but got "
                 f"{len(batch) if several else 'no'} elements."
             )
-        return rows, checks.to_weights(batch[self.sample_weight], rows, self.like.dtype, self.like.device)
+        weights = checks.to_weights(batch[self.sample_weight], rows.shape[:-1], self.like.dtype, self.like.device)
+        return rows, weights
 
     def _widened(self, rows: Tensor) -> Tensor:
         self.given = rows.dtype

@@ -177,26 +177,23 @@ class MixtureDensity(nn.Module):
         if not isinstance(x, Tensor) and is_mapped(x) and len(parts := list(pieces(x))) > 1:
             return torch.cat([self._map_rows(function, part) for part in parts])
         parameters = self.mixture()
-        x = self._checked(x)
-        rows = self._rows(x)
+        rows, shape = self._rows(x, parameters.means)
         with full_precision(rows.device):
             value = functional.map_rows(
                 lambda part: function(part, parameters, self.covariance), rows, parameters, chunk_size=self.chunk_size
             )
-        return value.reshape(x.shape[:-1] + value.shape[1:])
+        return value.reshape(shape + value.shape[1:])
 
-    def _checked(self, x: Any) -> Tensor:
-        """Return ``x`` as a tensor ``(..., d)``, or raise."""
+    def _rows(self, x: Any, means: Tensor) -> tuple[Tensor, torch.Size]:
+        """Return ``x`` as rows ``(n, d)`` in the wider of its dtype and the means', on their device, or raise.
+
+        And the shape of ``x`` without its features.
+        """
         if not isinstance(x, Tensor) and is_stream(x):
             raise TypeError(f"Expected `x` as rows, but got {type(x).__name__}; take its batches one by one.")
-        x = checks.to_tensor("x", x, self.mixture().means.dtype)
-        checks.check_rows("x", x, self.n_features)
-        return x
-
-    def _rows(self, x: Tensor) -> Tensor:
-        """Return a checked ``x`` as rows ``(n, d)`` in the wider of its dtype and the mixture's, on its device."""
-        means = self.mixture().means
-        return x.reshape(-1, self.n_features).to(means.device, wider_dtype(x.dtype, means.dtype))
+        x, n_features = checks.to_tensor("x", x, means.dtype), means.shape[1]
+        checks.check_rows("x", x, n_features)
+        return x.reshape(-1, n_features).to(means.device, wider_dtype(x.dtype, means.dtype)), x.shape[:-1]
 
     def _total(self, function: Callable[..., Tensor], x: Any, sample_weight: Any) -> tuple[float, float]:
         """Return the weighted sum over finite rows of a function of rows, and the total weight of the rows."""

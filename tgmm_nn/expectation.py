@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from tgmm_nn.assignment import LOG2_E, SOFT, Assignment, Shares, responsibilities, revivable
+from tgmm_nn.assignment import SOFT, Assignment, Shares, responsibilities, revivable
 from tgmm_nn.covariance import Covariance
 from tgmm_nn.forms import goes_by_blocks, has_few_moments, rows_of_blocks, rows_of_moments
 from tgmm_nn.functional import (
@@ -141,8 +141,7 @@ def whitened_statistics(
     def sums(rows: Tensor, weight: Tensor | None, prior: Tensor | None) -> Sums:
         y = covariance.whiten(rows - origin, about.means, about.factor)
         squared = torch.linalg.vector_norm(y, dim=-1).square()
-        joint = joint_of_distances(squared, about, covariance).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
-        shares = responsibilities(joint.mul_(LOG2_E), weight, prior, assignment)
+        shares = responsibilities(joint_of_distances(squared, about, covariance), weight, prior, assignment)
         y.clamp_(-bound, bound).nan_to_num_(0.0)
         first = (shares.r.unsqueeze(1) @ y).squeeze(1)
         return (*_totals(shares, wide), shares.r.sum(-1), first, covariance.whitened_second(y, shares.r))
@@ -199,12 +198,12 @@ def moment_statistics(
     origin = mixture_mean(parameters).to(dtype)
     form = covariance.whole() if len(x) * n_features**2 <= SMALL else covariance
     constant, linear, quadratic = natural_parameters(parameters, origin, form)
-    theta = torch.cat([constant[:, None], linear, *([] if covariance.tied else [quadratic])], 1).mul_(LOG2_E).to(dtype)
+    theta = torch.cat([constant[:, None], linear, *([] if covariance.tied else [quadratic])], 1).to(dtype)
 
     monomials_of = Monomials(form)
 
     def sums(rows: Tensor, weight: Tensor | None, prior: Tensor | None) -> Sums:
-        rows = rows.to(dtype) - origin
+        rows = (rows - origin).to(dtype)
         _, usable = row_lengths(rows, x.dtype)
         rows = masked(rows, usable)
         monomials = monomials_of(rows)
@@ -277,8 +276,7 @@ def blockwise_statistics(
             if not moments:  # where it overflows the share is 0, and 0 · inf would be nan
                 y[:, place : place + block.shape[1]] = block.nan_to_num_()
             place += block.shape[1]
-        joint = joint_of_distances(lengths, about, covariance).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
-        shares = responsibilities(joint.mul_(LOG2_E), weight, prior, assignment, usable)
+        shares = responsibilities(joint_of_distances(lengths, about, covariance), weight, prior, assignment, usable)
         first = shares.r @ rows if moments else (y @ shares.r[..., None]).squeeze(-1)
         second = second_moments(columns[1:], shares.r) if moments else second_moments_of_each(y, shares.r)
         return (*_totals(shares, wide), shares.r.sum(-1), first, *second)

@@ -181,7 +181,7 @@ def _centred(x: Tensor, parameters: Parameters, dtype: torch.dtype) -> tuple[Ten
     Far from zero a product of raw rows would cancel. The point is rounded to the dtype in which it is subtracted.
     """
     origin = mixture_mean(parameters).to(dtype)
-    return x.to(dtype) - origin, origin
+    return x - origin, origin
 
 
 def row_lengths(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

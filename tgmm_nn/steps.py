@@ -322,10 +322,9 @@ class MixtureSteps(MixtureState):
 
     def _flat(self, x: Any, sample_weight: Any, log_prior: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return rows ``(n, d)``, their weights and log-priors, checked and without gradient."""
-        x = self._checked(x)
-        rows = self._rows(x).detach()
-        sample_weight = checks.to_weights(sample_weight, x, rows.dtype, rows.device)
-        return rows, sample_weight, self._flat_log_prior(log_prior, tuple(x.shape[:-1]), rows)
+        rows, shape = self._rows(x, self.means_)
+        sample_weight = checks.to_weights(sample_weight, shape, rows.dtype, rows.device)
+        return rows.detach(), sample_weight, self._flat_log_prior(log_prior, shape, rows)
 
     def _flat_log_prior(self, log_prior: Any, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
         """Return the log-priors of rows of some shape as ``(n, K)``, or raise; None stays None."""
