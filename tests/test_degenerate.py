@@ -1,12 +1,16 @@
 """Data with nothing to estimate from: parameters stay finite and weights valid, or one error says why not."""
 
 import warnings
+from functools import reduce
 
 import pytest
 import torch
 from oracles import unchanged
 
 from tgmm_nn import GaussianMixture
+from tgmm_nn.covariance import COVARIANCES
+from tgmm_nn.maximization import scatter
+from tgmm_nn.statistics import Statistics
 
 DATA = {
     "identical points": lambda g: (torch.full((20, 2), 0.3), 3),
@@ -85,6 +89,37 @@ def test_so_do_other_ways_of_fitting(family, options, data):
     for _ in range(3):
         gmm.em_step(x)
     assert_valid(gmm, x)
+
+
+def sums_of(rows, r, covariance):
+    """Sums of rows about zero, by the products that an E-step makes, and in its chunks."""
+    origin = rows.new_zeros(2)
+
+    def of_chunk(x, w):
+        second = covariance.pool(covariance.unpack(w @ covariance.features(x.mT).mT, 2))
+        return Statistics.of(w.sum(1), w @ x, second, origin, covariance)
+
+    return reduce(Statistics.merge, map(of_chunk, rows.split(2048), r.split(2048, 1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [300, 100_000])
+def test_a_constant_feature_has_no_variance_although_rounding_leaves_some(family, dtype, n, generator):
+    """It passed for one of 1e-47, positive or not by luck of the processor."""
+    rows = torch.full((n, 2), 2.3e-16, dtype=dtype)
+    r = torch.rand(3, n, generator=generator, dtype=dtype)
+    covariance = COVARIANCES[family]
+    left = covariance.variances(scatter(sums_of(rows, r, covariance), covariance))
+    assert torch.equal(left, torch.zeros_like(left))
+
+
+def test_a_narrow_component_far_away_keeps_its_variance(family, generator):
+    """At 1e6 standard deviations, where four digits are left of it."""
+    rows = 1e-6 * torch.randn(1000, 2, generator=generator, dtype=torch.float64) + 1.0
+    r, covariance = torch.rand(3, 1000, generator=generator, dtype=torch.float64), COVARIANCES[family]
+    about = Statistics.of(*sums_of(rows - 1.0, r, covariance)[:3], torch.ones(2, dtype=torch.float64), covariance)
+    left, oracle = (covariance.variances(scatter(s, covariance)) for s in (sums_of(rows, r, covariance), about))
+    torch.testing.assert_close(left, oracle, rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

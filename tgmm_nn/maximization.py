@@ -20,6 +20,9 @@ PARTS = ("weights", "means", "covariances")
 # A component of less weight is one without rows: a float32 mixture could not hold what so little says.
 TINY = torch.finfo(torch.float32).tiny
 
+# Roundings of a second moment, so many of which are what is left of it where a feature is constant, up to 1e6 rows.
+NOISE = 32
+
 
 class Learned(NamedTuple):
     r"""Which components' parameters an M-step moves; the others stay as they are, and the M-step is exact given them.
@@ -234,11 +237,16 @@ def centred(statistics: Statistics, covariance: Covariance) -> tuple[Tensor, Ten
     r"""Return the weighted means, and the scatter about them, a new tensor, summed over k when tied.
 
     .. math:: T_k = S^{(2)}_k - [S^{(1)}_k S^{(1)\top}_k] / n_k
+
+    A variance of which only the rounding of this difference is left is zero.
     """
     shift = _shift(statistics)
     between = covariance.pool(covariance.outer(statistics.first, shift))
     # Large ones cost more to allocate than to subtract.
-    return statistics.origin + shift, torch.sub(statistics.second, between, out=between)
+    within = torch.sub(statistics.second, between, out=between)
+    left, noise = covariance.variances(within), NOISE * torch.finfo(within.dtype).eps
+    left.mul_(left > noise * covariance.variances(statistics.second))
+    return statistics.origin + shift, within
 
 
 def scatter(statistics: Statistics, covariance: Covariance) -> Tensor:
