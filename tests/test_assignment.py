@@ -54,7 +54,7 @@ def test_a_temperature_divides_the_joint(mixture, x, temperature, moments):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_shares_too_small_for_any_sum_are_none(dtype):
     """Subnormal ones slow a product many times on some processors."""
-    away = torch.tensor([0.0, 30.0, 60.0, 68.0, 70.0, 90.0, 100.0, 1000.0], dtype=dtype)
+    away = torch.tensor([0.0, 30.0, 60.0, 80.0, 81.0, 90.0, 100.0, 1000.0], dtype=dtype)
     joint = torch.stack([torch.full_like(away, -50.0), -50.0 - away])
     oracle = joint.double().softmax(0)
     shares = responsibilities(joint.clone(), None, None, SOFT)
@@ -75,6 +75,28 @@ def test_a_density_that_is_no_number_is_that_of_a_component_far_away(dtype, valu
     assert shares.usable.tolist() == [True, False, True]
     assert_near(shares.log_likelihood, -2.0 + joint[:, 2].logsumexp(0), 1e-6)
     assert_near(shares.classification, torch.tensor(-3.0, dtype=dtype), 1e-6)
+
+
+@pytest.mark.parametrize("log_prior", [None, torch.zeros(3, 2)])
+def test_a_component_that_is_forbidden_gets_nothing_at_any_temperature(log_prior):
+    joint = torch.tensor([[-1.0, -2.0, -math.inf], [math.nan, -math.inf, -math.inf]])
+    for temperature in (0.5, 1.0, 4.0):
+        for hard in (False, True):
+            offset = torch.tensor([-math.inf, 0.0])
+            assignment = Assignment(hard, temperature, offset)
+            shares = responsibilities(joint.clone(), None, log_prior, assignment)
+            assert shares.usable.tolist() == [False] * 3  # offsets forbid the one, the densities the other
+            assert not shares.r.any()
+            shares = responsibilities(joint.clone(), None, log_prior, assignment._replace(offset=None))
+            assert shares.r.tolist() == [[1.0, 1.0, 0.0], [0.0] * 3]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_row_whose_log_prior_is_no_number_does_not_enter(value):
+    prior = torch.tensor([[value, 0.0], [0.0, -math.inf]])
+    for assignment in (SOFT, HARD, Assignment(temperature=4.0)):
+        shares = responsibilities(torch.zeros(2, 2), None, prior, assignment)
+        assert shares.r.tolist() == [[0.0, 1.0], [0.0, 0.0]]
 
 
 def test_offsets_are_added_and_may_be_followed_wholly(mixture, x):

@@ -199,7 +199,7 @@ def test_each_validation_has_its_own_values_and_the_sanity_check_has_none():
         def on_validation_end(self, run, pl_module):
             expected.append(by_hand(pl_module.gmm, pl_module.encoder(x).detach(), y))
 
-    model, record = Toy(learning_rate=0.1), Record()
+    model, record = Toy(learning_rate=0.01), Record()
     run = trainer(
         EMCallback(),
         ClusterMetricsCallback(targets=1, n_classes=3),

@@ -12,9 +12,9 @@ from tgmm_nn.statistics import Parameters
 
 __all__ = ["HARD", "SOFT", "Assignment", "Shares", "responsibilities", "revivable"]
 
-# Shares below this are none. Smaller ones would change no sum, but become subnormal numbers in float32, which slow its
-# products on a processor of Intel by up to ten times.
-LEAST_SHARE = 1e-30
+# Shares below this are none, and a component without larger ones is one without rows. Not far below begin the subnormal
+# numbers of float32, which slow its products up to ten times on processors of Intel.
+LEAST_SHARE = 1e-35
 
 
 class Assignment(NamedTuple):
@@ -72,8 +72,8 @@ def responsibilities(
 ) -> Shares:
     """Share rows among components.
 
-    Components come first, since a softmax over the first axis runs along the rows. One that is not a number, as
-    where infinities cancel, counts as that of a component infinitely far away.
+    Components come first, since a softmax over the first axis runs along the rows. One whose density is not finite, as
+    where infinities cancel, is infinitely far away. A row with a log-prior of nan or infinity does not enter.
 
     Args:
         joint: Logarithm of each weighted component density in nats, shape ``(K, n)``; written into.
@@ -82,18 +82,19 @@ def responsibilities(
         assignment: How a row is shared among components.
         usable: Which rows may enter, shape ``(n,)``; all that have any density do.
     """
+    joint.nan_to_num_(-math.inf, -math.inf, -math.inf)
     if log_prior is not None:
-        joint = joint + log_prior.mT
-        joint = torch.where(joint.isnan().any(0), -math.inf, joint)  # also 0 · nan is nan
+        prior = log_prior.mT
+        joint = torch.where((prior < math.inf).all(0), joint + prior, -math.inf)
     r, largest = _softmax(joint)
-    log_p = largest - r.amax(0).log_()
-    usable, scores = (largest > torch.finfo(joint.dtype).min) & usable, joint
+    log_p = largest - r.amax(0).log_()  # the largest share is exp(largest - log_p)
+    usable, scores = _is_bounded(largest) & usable, joint
     if assignment.is_tilted:
         scores = joint / assignment.temperature
         if assignment.offset is not None:
             scores = scores + assignment.offset[:, None]
         r, highest = _softmax(scores)
-        usable = usable & (highest > torch.finfo(joint.dtype).min)
+        usable = usable & _is_bounded(highest)
     weight = usable.to(joint.dtype)
     if sample_weight is not None:
         sample_weight = sample_weight.to(joint.dtype)
@@ -107,13 +108,15 @@ def responsibilities(
 
 
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the softmax over components and each row's largest score; those not finite become the least number.
-
-    So both are finite also where no score is.
-    """
+    """Return the softmax over components, and each row's largest score: the least number where all are −inf."""
     least = torch.finfo(scores.dtype).min
-    largest = scores.nan_to_num_(least, least, least).amax(0)
+    largest = scores.amax(0).clamp_(min=least)
     return torch.threshold_(scores - largest, math.log(LEAST_SHARE), least).softmax(0), largest
+
+
+def _is_bounded(largest: Tensor) -> Tensor:
+    """Return which rows have a score above the dtype's least number."""
+    return largest > torch.finfo(largest.dtype).min
 
 
 def revivable(parameters: Parameters) -> Parameters:

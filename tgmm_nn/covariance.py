@@ -60,11 +60,11 @@ class Full(Covariance):
     def matrix(self, element: Tensor, n_features: int) -> Tensor:
         return element
 
-    def is_positive(self, covariance: Tensor, eps: float | None = None, factor: Tensor | None = None) -> Tensor:
+    def is_positive(self, covariance: Tensor, dtype: torch.dtype | None = None, factor: Tensor | None = None) -> Tensor:
         if factor is None:
             remaining, exists = in_parts(self._remaining, covariance)
-            return exists & self._is_clear(remaining, covariance, eps)
-        return self._is_clear(self.variances(factor).square().reciprocal(), covariance, eps)
+            return exists & self._is_clear(remaining, covariance, dtype)
+        return self._is_clear(self.variances(factor).square().reciprocal(), covariance, dtype)
 
     def is_factor(self, factor: Tensor) -> Tensor:
         return (self.variances(factor) > 0).all(-1) & (factor.tril(-1) == 0).all(-1).all(-1)
@@ -170,10 +170,11 @@ class Full(Covariance):
         lower, info = torch.linalg.cholesky_ex(covariance)
         return self.variances(lower).square(), info == 0
 
-    def _is_clear(self, remaining: Tensor, covariance: Tensor, eps: float | None) -> Tensor:
-        # What remains of a variance may be rounding alone, where rows lie in a plane.
-        noise = 10 * covariance.shape[-1] * (eps or torch.finfo(covariance.dtype).eps)
-        return (remaining > noise * self.variances(covariance)).all(-1)
+    def _is_clear(self, remaining: Tensor, covariance: Tensor, dtype: torch.dtype | None) -> Tensor:
+        # What remains of a variance may be rounding alone, where rows lie in a plane or a feature is constant.
+        numbers = torch.finfo(dtype or covariance.dtype)
+        noise = 10 * covariance.shape[-1] * numbers.eps * self.variances(covariance)
+        return (remaining > noise.clamp_(min=numbers.tiny)).all(-1)
 
     @staticmethod
     def _pairs(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,8 +210,8 @@ class Uncorrelated(Covariance):
     def eigenvalues(self, element: Tensor) -> Tensor:
         return self.variances(element)
 
-    def is_positive(self, covariance: Tensor, eps: float | None = None, factor: Tensor | None = None) -> Tensor:
-        return (self.variances(covariance) > 0).all(-1)
+    def is_positive(self, covariance: Tensor, dtype: torch.dtype | None = None, factor: Tensor | None = None) -> Tensor:
+        return (self.variances(covariance) > torch.finfo(dtype or covariance.dtype).tiny).all(-1)
 
     def is_factor(self, factor: Tensor) -> Tensor:
         return (self.variances(factor) > 0).all(-1)

@@ -185,10 +185,7 @@ class MixtureDensity(nn.Module):
         return value.reshape(shape + value.shape[1:])
 
     def _rows(self, x: Any, means: Tensor) -> tuple[Tensor, torch.Size]:
-        """Return ``x`` as rows ``(n, d)`` in the wider of its dtype and the means', on their device, or raise.
-
-        And the shape of ``x`` without its features.
-        """
+        """Return ``x`` as rows ``(n, d)`` in the wider of its dtype and the means', and its shape but for features."""
         if not isinstance(x, Tensor) and is_stream(x):
             raise TypeError(f"Expected `x` as rows, but got {type(x).__name__}; take its batches one by one.")
         x, n_features = checks.to_tensor("x", x, means.dtype), means.shape[1]

@@ -61,14 +61,14 @@ class Options(NamedTuple):
         self, statistics: Statistics, current: Parameters, dtype: torch.dtype
     ) -> tuple[Parameters, bool]:
         """Return the same, and whether a covariance that rows of a dtype determine is singular to its precision."""
-        ridge, eps = (self.reg_covar, self.reg_covar_relative), torch.finfo(dtype).eps
-        return maximize_watched(statistics, current, self.covariance, eps, *ridge, self.priors, self.learned)
+        ridge = (self.reg_covar, self.reg_covar_relative)
+        return maximize_watched(statistics, current, self.covariance, dtype, *ridge, self.priors, self.learned)
 
     def singular(self, statistics: Statistics, dtype: torch.dtype) -> list[int]:
         """Return the elements that rows of a dtype determine as covariances which are singular to its precision."""
         ridge = (self.reg_covar, self.reg_covar_relative)
         element, known = estimate_covariances(statistics, self.covariance, *ridge, self.priors)
-        positive = self.covariance.is_positive(element, torch.finfo(dtype).eps)
+        positive = self.covariance.is_positive(element, dtype)
         return (known & ~positive).nonzero().flatten().tolist()
 
 
@@ -256,7 +256,7 @@ def maximize_from(
     rounding = rounding_of_moments(new, found, options, sums)
     if expected.rounding and (singular or not leaves_half(rounding, found.dtype)):
         sums = expect(parameters, data, found, options, rounding=math.inf).sums
-        new = options.maximize(sums, parameters)
+        new, _ = options.maximize_watched(sums, parameters, found.dtype)
         rounding = rounding_of_moments(new, found, options, sums)
     return sums, new, rounding
 

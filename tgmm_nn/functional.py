@@ -176,7 +176,7 @@ def _takes_moments(x: Tensor, covariance: Covariance) -> bool:
 
 
 def _centred(x: Tensor, parameters: Parameters, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return rows about the mixture's mean, and that point, in a dtype.
+    """Return rows about the mixture's mean, and that point, in a dtype that is no narrower than theirs.
 
     Far from zero a product of raw rows would cancel. The point is rounded to the dtype in which it is subtracted.
     """

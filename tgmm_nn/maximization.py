@@ -20,9 +20,6 @@ PARTS = ("weights", "means", "covariances")
 # A component of less weight is one without rows: a float32 mixture could not hold what so little says.
 TINY = torch.finfo(torch.float32).tiny
 
-# Roundings of a second moment, so many of which are what is left of it where a feature is constant, up to 1e6 rows.
-NOISE = 32
-
 
 class Learned(NamedTuple):
     r"""Which components' parameters an M-step moves; the others stay as they are, and the M-step is exact given them.
@@ -117,7 +114,7 @@ def maximize_watched(
     statistics: Statistics,
     current: Parameters,
     covariance: Covariance,
-    eps: float,
+    dtype: torch.dtype,
     reg_covar: float = 0.0,
     reg_covar_relative: bool = False,
     priors: Priors = NO_PRIORS,
@@ -129,21 +126,23 @@ def maximize_watched(
         statistics: See `maximize`.
         current: See there.
         covariance: See there.
-        eps: Rounding of what the sums come from.
+        dtype: Dtype of what the sums come from.
         reg_covar: See `maximize`.
         reg_covar_relative: See there.
         priors: See there.
         learned: See there.
 
     Returns:
-        Parameters as `maximize` returns them, and whether a covariance that may move is singular but for ``eps``.
+        Parameters as `maximize` returns them, and whether a covariance that may move is singular to the dtype.
     """
     found = _find(statistics, current, covariance, reg_covar, reg_covar_relative, priors, learned)
     factor, exists = covariance.factor(found.covariances, current.means.dtype)
-    clear = exists & covariance.is_positive(found.covariances, eps, factor)
+    clear = exists & covariance.is_positive(found.covariances, dtype, factor)
     singular = bool((found.known & ~clear).any())
     if singular:
-        positive = covariance.is_positive(found.covariances)
+        # Sums in float64 tell narrower covariances apart than rows in float32 do, but not such as vanish there.
+        in_range = (covariance.variances(found.covariances) > torch.finfo(dtype).tiny).all(-1)
+        positive = covariance.is_positive(found.covariances) & in_range
         factor, exists = covariance.factor(covariance.lift_(found.covariances, ~positive), current.means.dtype)
     elif bool((found.known & exists).all()):  # as almost always: large factors take long to write once more
         return found.parameters(current, factor), False
@@ -237,16 +236,11 @@ def centred(statistics: Statistics, covariance: Covariance) -> tuple[Tensor, Ten
     r"""Return the weighted means, and the scatter about them, a new tensor, summed over k when tied.
 
     .. math:: T_k = S^{(2)}_k - [S^{(1)}_k S^{(1)\top}_k] / n_k
-
-    A variance of which only the rounding of this difference is left is zero.
     """
     shift = _shift(statistics)
     between = covariance.pool(covariance.outer(statistics.first, shift))
     # Large ones cost more to allocate than to subtract.
-    within = torch.sub(statistics.second, between, out=between)
-    left, noise = covariance.variances(within), NOISE * torch.finfo(within.dtype).eps
-    left.mul_(left > noise * covariance.variances(statistics.second))
-    return statistics.origin + shift, within
+    return statistics.origin + shift, torch.sub(statistics.second, between, out=between)
 
 
 def scatter(statistics: Statistics, covariance: Covariance) -> Tensor:

@@ -28,16 +28,15 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 def summed(a: Tensor, b: Tensor) -> Tensor:
     """Return ``a @ b`` of two matrices, where it is a sum of many rows.
 
-    In pieces of `SUMMED` rows, where the library may add them up row by row: MKL does so with small products on a
-    processor of AMD, and with a single row on any. oneDNN has pieces of its own.
+    In pieces of `SUMMED` rows, since MKL adds small products up row by row; oneDNN has pieces of its own.
     """
+    whole = a.shape[-1] // SUMMED * SUMMED
     if _by_onednn(a, b):
         # With a much larger matrix first, and its rows contiguous, the rate rises from 310 to 350 GFLOP/s (32 times
         # 1,392 times 2,145 numbers), or from 170 to 310 (16 times 8,192 times 153).
         is_larger = b.mT.is_contiguous() and b.shape[1] > 2 * len(a)
         return _onednn(b.mT, a.mT).mT if is_larger else _onednn(a, b)
-    whole = a.shape[-1] // SUMMED * SUMMED
-    if a.dtype != torch.float32 or whole == 0 or _by_mkl_in_pieces(a, b):
+    if a.dtype != torch.float32 or whole == 0:
         return a @ b
     pieces = a[:, :whole].unflatten(1, (-1, SUMMED)).transpose(0, 1).bmm(b[:whole].unflatten(0, (-1, SUMMED)))
     return torch.addmm(pieces.sum(0), a[:, whole:], b[whole:])
@@ -63,34 +62,19 @@ def prefers_onednn() -> bool:
         )
     if choice == "mkl" or not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
-    return choice == "onednn" or _has_avx512_of("AuthenticAMD")
+    return choice == "onednn" or (torch.backends.cpu.get_cpu_capability() == "AVX512" and _is_amd())
 
 
 def _onednn(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")
 
 
-def _has_avx512_of(vendor: str) -> bool:
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and vendor in _processor()
-
-
-@cache
-def _processor() -> str:
+def _is_amd() -> bool:
     info = Path("/proc/cpuinfo")
-    return info.read_text(errors="ignore") if info.exists() else ""
-
-
-def _is_float32_here(a: Tensor) -> bool:
-    """Return whether a product is one of the CPU in float32, and not traced: the choice of a kernel can't be."""
-    return a.dtype == torch.float32 and a.device.type == "cpu" and not torch.compiler.is_compiling()
+    return info.exists() and "AuthenticAMD" in info.read_text(errors="ignore")
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> bool:
-    """Return whether a product goes to oneDNN."""
-    return _is_float32_here(a) and a.numel() * b.shape[-1] >= LARGE and prefers_onednn()
-
-
-def _by_mkl_in_pieces(a: Tensor, b: Tensor) -> bool:
-    """Return whether MKL adds the rows up in pieces itself: batches of pieces would take it up to twice as long."""
-    is_matrix = len(a) > 1 and b.shape[1] > 1
-    return is_matrix and _is_float32_here(a) and torch.backends.mkl.is_available() and _has_avx512_of("GenuineIntel")
+    """Return whether a product goes to oneDNN, whose kernel can't be traced."""
+    here = a.dtype == torch.float32 and a.device.type == "cpu" and not torch.compiler.is_compiling()
+    return here and a.numel() * b.shape[-1] >= LARGE and prefers_onednn()

@@ -126,8 +126,8 @@ class Covariance(ABC):
         """Return elements as d × d matrices, shape ``(..., d, d)``."""
 
     @abstractmethod
-    def is_positive(self, covariance: Tensor, eps: float | None = None, factor: Tensor | None = None) -> Tensor:
-        """Return which covariances are positive definite beyond rounding by ``eps``; None is that of their dtype.
+    def is_positive(self, covariance: Tensor, dtype: torch.dtype | None = None, factor: Tensor | None = None) -> Tensor:
+        """Return which covariances are positive definite, beyond rounding and in the range of a dtype; None is theirs.
 
         Where their factor is given, no other is made: covariances without one have to be told apart by the caller.
         """
