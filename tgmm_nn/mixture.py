@@ -80,7 +80,7 @@ class GaussianMixture(MixtureEM):
             ``"global"`` (of all rows), ``"eye"``, or given as ``covariance_prior`` is.
         n_init: Number of starts. `initialize` takes the tightest of so many; `fit` races them by objective, beside as
             many by ``"kpp"`` where they are by ``"kmeans"``: all run EM, of many rows on a sample, the poorer half is
-            dropped every ten iterations, and the one that is left runs on all rows until a change of ``tol / 30``.
+            dropped every ten iterations, and the one that is left runs on all rows until a change of ``tol / 100``.
             Means that are given are one start.
         random_state: Seed of the starts and samples; None derives it from ``torch.initial_seed()``. Global generators
             are neither seeded nor advanced.
@@ -88,7 +88,7 @@ class GaussianMixture(MixtureEM):
             classification is climbed.
         max_iter: Largest number of M-steps in one `fit`.
         tol: `fit` has converged when its objective changes by less than this, in nats per row; of several starts, the
-            one that is left goes on to a thirtieth of it, as far as ``max_iter`` allows.
+            one that is left goes on to a hundredth of it, as far as ``max_iter`` allows.
         reg_covar: Number added to the diagonal of each covariance.
         reg_covar_relative: Read ``reg_covar`` as a fraction of the mean variance of the data, so that EM does not
             depend on units.

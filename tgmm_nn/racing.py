@@ -18,7 +18,7 @@ ROUND = 10
 
 # Part of ``tol`` at which the run that is left stops: the best of many whole runs is one that by chance stopped late,
 # and beside the race a few more steps cost little.
-FINISH = 1 / 30
+FINISH = 0.01
 
 
 class RaceReport(Protocol):
