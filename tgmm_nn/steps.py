@@ -70,7 +70,8 @@ class MixtureSteps(MixtureState):
             x: Rows, shape ``(..., d)``, or a stream of them.
             sample_weight: Non-negative weight of each row, shape ``(...)``.
             log_prior: Log-prior of each row over components in nats, shape ``(..., K)``, added to the joint: labels,
-                masks or links. −inf forbids a component; a row for which all are forbidden is left out.
+                masks or links. −inf forbids a component; a row for which all are forbidden is left out, and so is one
+                with nan or infinity among them.
             assignment: How a row is shared among components, such as what `sinkhorn` returns; None is hard with
                 ``cem=True``, else soft.
 
