@@ -182,7 +182,7 @@ class MixtureDensity(nn.Module):
             value = functional.map_rows(
                 lambda part: function(part, parameters, self.covariance), rows, parameters, chunk_size=self.chunk_size
             )
-        return value.reshape(shape + value.shape[1:])
+        return value if len(shape) == 1 else value.reshape(shape + value.shape[1:])
 
     def _rows(self, x: Any, means: Tensor) -> tuple[Tensor, torch.Size]:
         """Return ``x`` as rows ``(n, d)`` in the wider of its dtype and the means', and its shape but for features."""
@@ -190,7 +190,8 @@ class MixtureDensity(nn.Module):
             raise TypeError(f"Expected `x` as rows, but got {type(x).__name__}; take its batches one by one.")
         x, n_features = checks.to_tensor("x", x, means.dtype), means.shape[1]
         checks.check_rows("x", x, n_features)
-        return x.reshape(-1, n_features).to(means.device, wider_dtype(x.dtype, means.dtype)), x.shape[:-1]
+        rows = x if x.ndim == 2 else x.reshape(-1, n_features)
+        return rows.to(means.device, wider_dtype(x.dtype, means.dtype)), x.shape[:-1]
 
     def _total(self, function: Callable[..., Tensor], x: Any, sample_weight: Any) -> tuple[float, float]:
         """Return the weighted sum over finite rows of a function of rows, and the total weight of the rows."""

@@ -196,11 +196,12 @@ def moment_statistics(
     """
     wide, dtype, n_features = accumulator_dtype(x.device), dtype or x.dtype, x.shape[-1]
     origin = mixture_mean(parameters).to(dtype)
-    form = covariance.whole() if len(x) * n_features**2 <= SMALL else covariance
+    few = len(x) * n_features**2 <= SMALL
+    form = covariance.whole() if few else covariance
     constant, linear, quadratic = natural_parameters(parameters, origin, form)
     theta = torch.cat([constant[:, None], linear, *([] if covariance.tied else [quadratic])], 1).to(dtype)
 
-    monomials_of = Monomials(form)
+    monomials_of = Monomials(form, once=few)
 
     def sums(rows: Tensor, weight: Tensor | None, prior: Tensor | None) -> Sums:
         rows = (rows - origin).to(dtype)

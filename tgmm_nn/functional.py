@@ -47,12 +47,12 @@ LOG_2PI = math.log(2.0 * math.pi)
 
 def mixture_mean(parameters: Parameters) -> Tensor:
     """Return the mean of the mixture, shape ``(d,)``: about it float32 products are safe far from zero."""
-    return parameters.weights @ parameters.means
+    return parameters.means.mT @ parameters.weights
 
 
 def log_weights(weights: Tensor) -> Tensor:
     """Return the logarithms of weights; that of 0 is −∞ and has no gradient, where its own would turn into nan."""
-    if not torch.is_grad_enabled():
+    if not _may_record(weights):
         return weights.log()
     positive = weights > 0
     return torch.where(positive, torch.where(positive, weights, 1.0).log(), -torch.inf)
@@ -100,7 +100,7 @@ def log_density(x: Tensor, parameters: Parameters, covariance: Covariance) -> Te
     moments = _takes_moments(x, covariance)
     rows, origin = _centred(x, parameters, accumulator_dtype(x.device) if moments else x.dtype)
     length, usable = row_lengths(rows, x.dtype)
-    if torch.is_grad_enabled():  # what such a row becomes is not used, but its gradient would be nan
+    if _may_record(x, *parameters):  # what such a row becomes is not used, but its gradient would be nan
         rows = masked(rows, usable)
     value = _log_sum(_joint(rows, parameters, origin, covariance, moments))
     return torch.where(usable, value, length * -math.inf).to(x.dtype)
@@ -126,8 +126,7 @@ def map_rows(
     size = chunk_size or rows_per_chunk(parameters.means.numel(), x.element_size())
     if torch.compiler.is_compiling() or len(x) <= size:
         return function(x)
-    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parameters))
-    if recorded and not torch._C._are_functorch_transforms_active():  # which know no checkpoints
+    if _may_record(x, *parameters) and not torch._C._are_functorch_transforms_active():  # which know no checkpoints
         function = partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
     return torch.cat([function(rows) for rows in x.split(size)])
 
@@ -168,6 +167,12 @@ def rows_per_chunk(width: int, element_size: int, least: int = 64) -> int:
     products and sums a fifth faster.
     """
     return min(max(4_000_000 // (width * element_size) // 16 * 16, least), 8192)
+
+
+def _may_record(*tensors: Tensor) -> bool:
+    """Return whether a gradient of any tensor is recorded; a transform does not tell, so that there it may be."""
+    recorded = any(tensor.requires_grad for tensor in tensors) or torch._C._are_functorch_transforms_active()
+    return torch.is_grad_enabled() and recorded
 
 
 def _takes_moments(x: Tensor, covariance: Covariance) -> bool:
@@ -213,12 +218,12 @@ def natural_parameters(parameters: Parameters, origin: Tensor, covariance: Covar
     Returns:
         Shapes ``(K,)``, ``(K, d)``, and ``(K, F)``, or ``(1, F)`` when tied, as `Covariance.dual` has it.
     """
-    weights, means, factor = parameters.to(accumulator_dtype(origin.device))
-    means, n_features = means - origin, means.shape[-1]
+    wide, n_features = accumulator_dtype(origin.device), origin.shape[-1]
+    means, factor = parameters.means - origin.to(wide), parameters.factor.to(wide)
     precision = covariance.square(factor)
     linear = covariance.apply(precision, means)
-    constant = log_weights(weights) + covariance.log_det(factor, n_features) - 0.5 * n_features * LOG_2PI
-    constant = torch.sub(constant, (means * linear).sum(-1), alpha=0.5)
+    constant = log_weights(parameters.weights.to(wide)) + covariance.log_det(factor, n_features)
+    constant = torch.sub(constant - 0.5 * n_features * LOG_2PI, (means * linear).sum(-1), alpha=0.5)
     return constant, linear, -0.5 * covariance.dual(precision, n_features)
 
 

@@ -322,10 +322,10 @@ class MixtureSteps(MixtureState):
             return sum_over(data, self._snapshot(), self.covariance, **how)
 
     def _flat(self, x: Any, sample_weight: Any, log_prior: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return rows ``(n, d)``, their weights and log-priors, checked and without gradient."""
+        """Return rows ``(n, d)``, their weights and log-priors, checked."""
         rows, shape = self._rows(x, self.means_)
         sample_weight = checks.to_weights(sample_weight, shape, rows.dtype, rows.device)
-        return rows.detach(), sample_weight, self._flat_log_prior(log_prior, shape, rows)
+        return rows, sample_weight, self._flat_log_prior(log_prior, shape, rows)
 
     def _flat_log_prior(self, log_prior: Any, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
         """Return the log-priors of rows of some shape as ``(n, K)``, or raise; None stays None."""

@@ -43,6 +43,7 @@ class Monomials:
 
     Args:
         covariance: Structure whose `Covariance.features` are taken.
+        once: Whether there is one chunk of few rows only, for which fewer operations are faster than shared memory.
 
     Example:
         >>> from tgmm_nn.covariance import Diagonal
@@ -50,15 +51,15 @@ class Monomials:
         tensor([1., 2., 3., 4., 9.])
     """
 
-    def __init__(self, covariance: Covariance) -> None:
-        self._covariance = covariance
+    def __init__(self, covariance: Covariance, *, once: bool = False) -> None:
+        self._covariance, self._once = covariance, once
         # The memory, the part of it that holds x, and what writes the features of that into the rest.
         self._parts: tuple[Tensor, Tensor, Callable[[], object] | None] | None = None
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Return them for rows ``(n, d)``, shape ``(1 + d + F, n)``: valid until the next call."""
         covariance = self._covariance
-        if not writes_into_parts():
+        if self._once or not writes_into_parts():
             products = [] if covariance.tied else [covariance.features(rows.mT)]
             return torch.cat([rows.new_ones(1, len(rows)), rows.mT, *products])
         if self._parts is None or self._parts[0].shape[1] != len(rows):
