@@ -154,6 +154,7 @@ class RecordMixture(Record):
         self.states.append(state(pl_module.gmm.mixture))
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("devices", [2, 3])
 @pytest.mark.parametrize(
     "options",

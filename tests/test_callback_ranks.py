@@ -8,7 +8,7 @@ from toy import QUIET, Toy, rows, state, trainer
 from tgmm_nn import GaussianMixture
 from tgmm_nn.lightning import EMCallback
 
-pytestmark = QUIET
+pytestmark = [*QUIET, pytest.mark.no_cover]
 
 WAYS = {
     "minibatch": {},

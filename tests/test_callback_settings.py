@@ -215,6 +215,7 @@ def test_averaging_of_parameters_alone_leaves_the_mixture_exact(mode):
 # -------------------------------------------------------------------------------------------------- compiled parts
 
 
+@pytest.mark.no_cover
 @MODES
 def test_a_compiled_submodule_gives_its_rows(mode):
     torch._dynamo.reset()

@@ -13,7 +13,10 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "density_head_onnx.py"
 BATCHES = (1, 2, 7, 100, 5000)
 BATCH = ({0: torch.export.Dim("batch")},)
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.")  # by torch's own exporter
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec."),  # by torch's own exporter
+    pytest.mark.no_cover,
+]
 
 
 @pytest.fixture

@@ -206,6 +206,7 @@ def test_a_missing_buffer_is_missed(generator):
 # --------------------------------------------------------------------------------------------------- compilation
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("covariance_type", ["full", "tied_diag", "spherical"])
 def test_the_compiled_density_is_the_eager_one(covariance_type, generator, x):
     torch._dynamo.reset()
@@ -216,6 +217,7 @@ def test_the_compiled_density_is_the_eager_one(covariance_type, generator, x):
     assert_near(*gradients, 1e-5)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("step_size", [None, 0.5, torch.tensor(0.3)], ids=["exact", "number", "tensor"])
 @pytest.mark.parametrize("covariance_type", ["full", "full by blocks", "tied_diag", "spherical"])
 def test_three_compiled_updates_are_three_eager_ones(covariance_type, step_size, generator, x, monkeypatch):
@@ -236,6 +238,7 @@ def test_three_compiled_updates_are_three_eager_ones(covariance_type, step_size,
     assert gmm.n_updates.item() == 3
 
 
+@pytest.mark.no_cover
 def test_the_density_can_be_exported(layer, x):
     gmm = layer()
     exported = torch.export.export(gmm, (x,)).module()
@@ -292,6 +295,7 @@ def test_a_state_that_is_assigned_stays_wide(family, generator):
     assert all(dtype == torch.float64 for name, dtype in kinds.items() if name not in PARAMETERS)
 
 
+@pytest.mark.no_cover
 def test_a_compiled_update_takes_one_step_size_after_another(generator):
     """A schedule gives another number each time, which the compiler turns into a symbol."""
     torch._dynamo.reset()
@@ -309,6 +313,7 @@ def test_a_compiled_update_takes_one_step_size_after_another(generator):
 # ------------------------------------------------------------------------------------------- what a module must bear
 
 
+@pytest.mark.no_cover
 def test_an_exported_density_takes_any_batch(layer, generator):
     gmm = layer()
     x = torch.randn(7, 2, generator=generator)
@@ -318,6 +323,7 @@ def test_an_exported_density_takes_any_batch(layer, generator):
         assert_near(exported(rows), gmm(rows), 1e-6)
 
 
+@pytest.mark.no_cover
 def test_an_exported_network_has_the_mixture_inside(generator):
     net = nn.Sequential(nn.Linear(3, 2), random_layer("full", generator, dtype=torch.float32))
     x = torch.randn(5, 3, generator=generator)

@@ -308,6 +308,7 @@ def test_a_prior_far_from_the_data_costs_no_digits(family, distance, generator):
     assert_near(got, dense(restrict(within[None] / 51, family), D)[0], 1e-9 * distance / 1e6)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("step_size", [None, 0.5])
 def test_compiled_updates_with_priors_are_the_eager_ones(family, step_size, x, generator):
     gmm = random_layer(family, generator, dtype=torch.float32, **options_of(family, (True, True, True), generator))
