@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from tgmm_nn.covariance import Covariance
@@ -123,6 +124,7 @@ def map_rows(
     Where a gradient is recorded, what a chunk forms is not kept but formed again in the backward pass: memory stays
     that of the rows, the values and one chunk, whatever K is.
     """
+    _keep_freed_memory(x)
     size = chunk_size or rows_per_chunk(parameters.means.numel(), x.element_size())
     if torch.compiler.is_compiling() or len(x) <= size:
         return function(x)
@@ -141,9 +143,9 @@ def chunks(
     size: int, x: Tensor, sample_weight: Tensor | None, log_prior: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
     """Give rows, their weights and their log-priors, ``size`` at a time."""
+    _keep_freed_memory(x)
     if len(x) <= size:  # in one piece where the number of rows may be symbolic
         return iter([(x, sample_weight, log_prior)])
-    _keep_freed_memory(x)
     rows = x.split(size)
     weights = [None] * len(rows) if sample_weight is None else sample_weight.split(size)
     priors = [None] * len(rows) if log_prior is None else log_prior.split(size)
@@ -151,13 +153,19 @@ def chunks(
 
 
 def _keep_freed_memory(x: Tensor) -> None:
-    """Have the allocator keep what a chunk frees for the next one.
+    """Have the allocator keep what a chunk or a call frees for the next one; nothing of it is compiled."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        _raise_threshold()
 
-    glibc gives large arrays back to the system once they are freed, and their pages fault at each use: half of the time
-    of an E-step. Which are large follows the largest that was freed, up to 32 MB: here one that is never touched.
+
+@cache
+def _raise_threshold() -> None:
+    """Have glibc keep freed arrays of up to 32 MB, once for the process.
+
+    It gives large arrays back to the system, and their pages fault at each use: half of the time of an E-step. Which
+    are large follows the largest that was freed so far: here one that is never touched.
     """
-    if x.device.type == "cpu":
-        np.empty(2**25 - 2**16, np.uint8)
+    np.empty(2**25 - 2**16, np.uint8)
 
 
 def rows_per_chunk(width: int, element_size: int, least: int = 64) -> int:
@@ -170,9 +178,9 @@ def rows_per_chunk(width: int, element_size: int, least: int = 64) -> int:
 
 
 def _may_record(*tensors: Tensor) -> bool:
-    """Return whether a gradient of any tensor is recorded; a transform does not tell, so that there it may be."""
-    recorded = any(tensor.requires_grad for tensor in tensors) or torch._C._are_functorch_transforms_active()
-    return torch.is_grad_enabled() and recorded
+    """Return whether a gradient of any tensor may be recorded: transforms and forward derivatives do not tell."""
+    hidden = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return torch.is_grad_enabled() and (hidden or any(tensor.requires_grad for tensor in tensors))
 
 
 def _takes_moments(x: Tensor, covariance: Covariance) -> bool:
