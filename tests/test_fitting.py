@@ -821,13 +821,13 @@ def test_a_component_that_collapses_in_one_step_is_found_where_moments_would_rou
     ],
 )
 def test_fit_takes_moments_where_the_conditioning_allows(d, n_components, sd, moments, generator, monkeypatch):
-    taken, expectation = set(), fitting.expectation
+    taken, expectations = set(), fitting.expectations
 
     def noted(*args, moments, **how):
         taken.add(moments)
-        return expectation(*args, moments=moments, **how)
+        return expectations(*args, moments=moments, **how)
 
-    monkeypatch.setattr(fitting, "expectation", noted)
+    monkeypatch.setattr(fitting, "expectations", noted)
     means = torch.randn(n_components, d, generator=generator)
     x = means.repeat(10, 1) + sd * torch.randn(10 * n_components, d, generator=generator)
     options = {"init_means": means, "init_covariances": sd**2, "reg_covar": sd**2}
@@ -848,13 +848,13 @@ def test_of_starts_that_are_equal_but_for_rounding_the_first_wins(generator):
 
 def test_a_race_weighs_priors_against_all_rows(generator, monkeypatch):
     """Although it looks at a sample of them."""
-    totals, expectation = set(), fitting.expectation
+    totals, expectations = set(), fitting.expectations
 
-    def noted(rows, parameters, covariance, weight, log_prior, **how):
+    def noted(rows, mixtures, covariance, weight, log_prior, **how):
         totals.add(None if weight is None else round(float(weight.sum())))
-        return expectation(rows, parameters, covariance, weight, log_prior, **how)
+        return expectations(rows, mixtures, covariance, weight, log_prior, **how)
 
-    monkeypatch.setattr(fitting, "expectation", noted)
+    monkeypatch.setattr(fitting, "expectations", noted)
     x = torch.randn(30_000, 1, generator=generator)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

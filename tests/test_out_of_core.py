@@ -71,13 +71,13 @@ def test_a_fit_reads_the_next_batch_while_it_computes_with_the_last(x, monkeypat
             yield x[60:]
 
     overlapped = []
-    expectation = fitting.expectation
+    expectations = fitting.expectations
 
     def slow(rows, *args, **how):
         overlapped.append(begun.wait(SECONDS))
-        return expectation(rows, *args, **how)
+        return expectations(rows, *args, **how)
 
-    monkeypatch.setattr(fitting, "expectation", slow)
+    monkeypatch.setattr(fitting, "expectations", slow)
     gmm = GaussianMixture(3, 2, random_state=0).fit(Stream())
     assert len(overlapped) == 2 * (gmm.n_iter_ + 1)
     assert all(overlapped)

@@ -12,6 +12,8 @@ Notation is that of `tgmm_nn.functional`. Nothing here reads a value on the host
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +44,7 @@ from tgmm_nn.triangular import (
 __all__ = [
     "blockwise_statistics",
     "expectation",
+    "expectations",
     "moment_statistics",
     "whitened_statistics",
 ]
@@ -62,6 +65,7 @@ def expectation(
     assignment: Assignment = SOFT,
     moments: bool = False,
     chunk_size: int | None = None,
+    origin: Tensor | None = None,
 ) -> Statistics:
     """Make an E-step over any number of rows.
 
@@ -84,19 +88,46 @@ def expectation(
         assignment: How a row is shared among components.
         moments: Whether `moment_rounding` allows moments in the dtype of the rows.
         chunk_size: Rows in a chunk; None chooses by the size of the arrays.
+        origin: Reference point of moments, shape ``(d,)``, in the dtype of the rows or a narrower one; None is the
+            mixture's mean.
 
     Returns:
-        Statistics about each component's own mean, or about the mixture's, totals in float64.
+        Statistics about each component's own mean, or about one reference point, totals in float64.
+    """
+    if origin is None:
+        origin = mixture_mean(parameters).to(x.dtype)
+    how: dict[str, Any] = {"assignment": assignment, "moments": moments, "chunk_size": chunk_size, "origin": origin}
+    [sums] = expectations(x, [parameters], covariance, sample_weight, log_prior, **how)
+    return sums
+
+
+def expectations(
+    x: Tensor,
+    mixtures: Sequence[Parameters],
+    covariance: Covariance,
+    sample_weight: Tensor | None = None,
+    log_prior: Tensor | None = None,
+    *,
+    origin: Tensor,
+    assignment: Assignment = SOFT,
+    moments: bool = False,
+    chunk_size: int | None = None,
+) -> list[Statistics]:
+    """Make E-steps of several mixtures of one size, which share what is formed of the rows where they go by moments.
+
+    Arguments are those of `expectation`, but for ``mixtures``, the parameters of each.
     """
     if assignment.offset is not None:
-        parameters = revivable(parameters)
-    wide, of_rows = accumulator_dtype(x.device), (sample_weight, log_prior, assignment)
-    if goes_by_blocks(parameters.means, covariance, moments):
-        return blockwise_statistics(x, parameters, covariance, *of_rows, moments=moments, chunk_size=chunk_size)
-    if moments or (x.dtype != wide and has_few_moments(parameters.means, covariance)):
-        dtype = x.dtype if moments else wide
-        return moment_statistics(x, parameters, covariance, *of_rows, dtype=dtype, chunk_size=chunk_size)
-    return whitened_statistics(x, parameters, covariance, *of_rows, chunk_size=chunk_size)
+        mixtures = [revivable(parameters) for parameters in mixtures]
+    wide, means, of_rows = accumulator_dtype(x.device), mixtures[0].means, (sample_weight, log_prior, assignment)
+    how: dict[str, Any] = {"chunk_size": chunk_size}
+    if goes_by_blocks(means, covariance, moments):
+        how |= {"moments": moments, "origin": origin}
+        return [blockwise_statistics(x, parameters, covariance, *of_rows, **how) for parameters in mixtures]
+    if moments or (x.dtype != wide and has_few_moments(means, covariance)):
+        how |= {"dtype": x.dtype if moments else wide, "origin": origin}
+        return moment_statistics_of_each(x, mixtures, covariance, *of_rows, **how)
+    return [whitened_statistics(x, parameters, covariance, *of_rows, **how) for parameters in mixtures]
 
 
 def whitened_statistics(
@@ -162,6 +193,7 @@ def moment_statistics(
     *,
     dtype: torch.dtype | None = None,
     chunk_size: int | None = None,
+    origin: Tensor | None = None,
 ) -> Statistics:
     r"""Sum the same as `whitened_statistics`, about one reference point and by matrix products.
 
@@ -187,45 +219,76 @@ def moment_statistics(
         assignment: See there.
         dtype: What the products are formed in; None is the dtype of ``x``.
         chunk_size: See there.
+        origin: Reference point, shape ``(d,)``; None is the mixture's mean.
 
     Returns:
-        Statistics about the mixture's mean.
+        Statistics about the reference point.
 
     References:
         Wainwright and Jordan, Graphical models, exponential families, and variational inference, 2008.
     """
-    wide, dtype, n_features = accumulator_dtype(x.device), dtype or x.dtype, x.shape[-1]
-    origin = mixture_mean(parameters).to(dtype)
+    if origin is None:
+        origin = mixture_mean(parameters).to(x.dtype)
+    how: dict[str, Any] = {"origin": origin, "dtype": dtype, "chunk_size": chunk_size}
+    of_rows = (sample_weight, log_prior, assignment)
+    [sums] = moment_statistics_of_each(x, [parameters], covariance, *of_rows, **how)
+    return sums
+
+
+def moment_statistics_of_each(
+    x: Tensor,
+    mixtures: Sequence[Parameters],
+    covariance: Covariance,
+    sample_weight: Tensor | None = None,
+    log_prior: Tensor | None = None,
+    assignment: Assignment = SOFT,
+    *,
+    origin: Tensor,
+    dtype: torch.dtype | None = None,
+    chunk_size: int | None = None,
+) -> list[Statistics]:
+    """Return `moment_statistics` of several mixtures of one size, by the same two products for all of them.
+
+    Arguments are those of `moment_statistics`, but for ``mixtures``, the parameters of each.
+    """
+    wide, dtype, (n_components, n_features) = accumulator_dtype(x.device), dtype or x.dtype, mixtures[0].means.shape
+    origin = origin.to(dtype)
     few = len(x) * n_features**2 <= SMALL
     form = covariance.whole() if few else covariance
-    constant, linear, quadratic = natural_parameters(parameters, origin, form)
-    theta = torch.cat([constant[:, None], linear, *([] if covariance.tied else [quadratic])], 1).to(dtype)
 
-    monomials_of = Monomials(form, once=few)
+    def coefficients(parameters: Parameters) -> Tensor:
+        constant, linear, quadratic = natural_parameters(parameters, origin, form)
+        return torch.cat([constant[:, None], linear, *([] if covariance.tied else [quadratic])], 1).to(dtype)
+
+    theta, monomials_of = _joined([coefficients(parameters) for parameters in mixtures]), Monomials(form, once=few)
 
     def sums(rows: Tensor, weight: Tensor | None, prior: Tensor | None) -> Sums:
         rows = (rows - origin).to(dtype)
         _, usable = row_lengths(rows, x.dtype)
         rows = masked(rows, usable)
         monomials = monomials_of(rows)
-        shares = responsibilities(product(theta, monomials), weight, prior, assignment, usable)
-        within = [_within(rows, shares.weight, covariance)] if covariance.tied else []
-        return (*_totals(shares, wide), summed(shares.r, monomials.mT), *within)
+        joints = product(theta, monomials).split(n_components)
+        each = [responsibilities(joint, weight, prior, assignment, usable) for joint in joints]
+        totals = [(*_totals(shares, wide), *within(rows, shares.weight)) for shares in each]
+        return (summed(_joined([shares.r for shares in each]), monomials.mT), *chain.from_iterable(totals))
 
-    size = chunk_size or rows_of_moments(parameters.means, covariance, dtype)
-    log_likelihood, classification, rows, moments, *within = _sum_of_chunks(
-        sums, chunks(size, x, sample_weight, log_prior), wide
-    )
-    count, first, second = moments[:, 0], moments[:, 1 : 1 + n_features], moments[:, 1 + n_features :]
-    if covariance.tied:
-        (second,) = within
+    def within(rows: Tensor, weight: Tensor) -> Sums:
+        return (_within(rows, weight, covariance),) if covariance.tied else ()
+
+    def statistics(parameters: Parameters, moments: Tensor, *totals: Tensor) -> Statistics:
+        count, first, second = moments[:, 0], moments[:, 1 : 1 + n_features], moments[:, 1 + n_features :]
+        if not covariance.tied:
+            return _statistics(len(x), totals, count, first, form.unpack(second, n_features), origin, covariance)
+        log_likelihood, classification, rows, second = totals
         precision = covariance.square(parameters.factor.to(wide))
         trace = -0.5 * covariance.inner(precision, second, n_features).squeeze(0)
-        log_likelihood, classification = log_likelihood + trace, classification + trace
-    else:
-        second = form.unpack(second, n_features)
-    totals = (log_likelihood, classification, rows)
-    return _statistics(len(x), totals, count, first, second, origin, covariance)
+        totals = (log_likelihood + trace, classification + trace, rows)
+        return _statistics(len(x), totals, count, first, second, origin, covariance)
+
+    size = chunk_size or rows_of_moments(_joined([parameters.means for parameters in mixtures]), covariance, dtype)
+    moments, *totals = _sum_of_chunks(sums, chunks(size, x, sample_weight, log_prior), wide)
+    width, of_each = len(totals) // len(mixtures), zip(mixtures, moments.split(n_components), strict=True)
+    return [statistics(*one, *totals[i * width : (i + 1) * width]) for i, one in enumerate(of_each)]
 
 
 def blockwise_statistics(
@@ -238,6 +301,7 @@ def blockwise_statistics(
     *,
     moments: bool = False,
     chunk_size: int | None = None,
+    origin: Tensor | None = None,
 ) -> Statistics:
     """Sum the same as `whitened_statistics` where components have full matrices, which are used block by block.
 
@@ -254,19 +318,20 @@ def blockwise_statistics(
         assignment: See there.
         moments: Whether `moment_rounding` allows moments in the dtype of the rows.
         chunk_size: See there.
+        origin: Reference point, shape ``(d,)``; None is the mixture's mean.
 
     Returns:
-        Statistics about each component's own mean, or with ``moments`` about the mixture's.
+        Statistics about each component's own mean, or with ``moments`` about the reference point.
     """
     wide, (n_components, n_features) = accumulator_dtype(x.device), parameters.means.shape
-    origin = mixture_mean(parameters).to(x.dtype)
-    about = parameters.about(origin).to(x.dtype)
+    reference = (mixture_mean(parameters) if origin is None else origin).to(x.dtype)
+    about = parameters.about(reference).to(x.dtype)
     maps = whitening(about.means, about.factor)
     size = chunk_size or rows_of_blocks(parameters.means, x.dtype, moments)
     space = x.new_empty(0 if moments else min(size, len(x)) * n_components * n_features)
 
     def sums(rows: Tensor, weight: Tensor | None, prior: Tensor | None) -> Sums:
-        rows = rows - origin
+        rows = rows - reference
         _, usable = row_lengths(rows, x.dtype)
         rows = masked(rows, usable)
         columns = torch.cat([rows.new_ones(1, len(rows)), rows.mT])
@@ -286,8 +351,13 @@ def blockwise_statistics(
     totals, count, first, second = total[:3], total[3], total[4], symmetric(total[5:])
     if not moments:
         first, second = covariance.unwhiten(about.factor.to(wide), first, second)
-        origin = origin.to(wide) + about.means.to(wide)
-    return _statistics(len(x), totals, count, first, second, origin, covariance)
+        reference = reference.to(wide) + about.means.to(wide)
+    return _statistics(len(x), totals, count, first, second, reference, covariance)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Return tensors as one, along their first axis; a single one is not copied."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 def _within(rows: Tensor, weight: Tensor, covariance: Covariance) -> Tensor:

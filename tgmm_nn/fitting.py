@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from typing import Any, NamedTuple, Protocol
@@ -15,9 +15,8 @@ from tgmm_nn.assignment import HARD, SOFT, Assignment
 from tgmm_nn.covariance import Covariance
 from tgmm_nn.data import Rows
 from tgmm_nn.distributed import attempt, raise_on_all_ranks
-from tgmm_nn.expectation import expectation
+from tgmm_nn.expectation import expectations
 from tgmm_nn.forms import moment_rounding
-from tgmm_nn.functional import mixture_mean
 from tgmm_nn.maximization import EVERYTHING, Learned, estimate_covariances, maximize, maximize_watched
 from tgmm_nn.priors import Priors
 from tgmm_nn.statistics import Parameters, Statistics
@@ -125,22 +124,24 @@ class Report(Protocol):
 
 def sum_over(
     data: Rows,
-    parameters: Parameters,
+    mixtures: Sequence[Parameters],
     covariance: Covariance,
+    origin: Tensor,
     *,
     assignment: Assignment = SOFT,
     moments: bool = False,
     chunk_size: int | None = None,
     checked: bool = False,
-) -> Statistics:
-    """Return the E-step's sums of one pass over all rows, those of all ranks where they are shared.
+) -> list[Statistics]:
+    """Return the sums of several mixtures' E-steps of one pass over all rows, those of all ranks where they are shared.
 
     Nothing is read on the host while the pass goes on.
 
     Args:
         data: Rows; a rank that shares with others may have none.
-        parameters: Parameters of the E-step.
+        mixtures: Parameters of each E-step.
         covariance: Structure of the covariances.
+        origin: Reference point of moments.
         assignment: How a row is shared among components.
         moments: See `expectation`.
         chunk_size: See `expectation`.
@@ -151,28 +152,30 @@ def sum_over(
         RuntimeError: If another rank failed: no rank goes on, or waits for it.
     """
 
-    def expect(rows: Tensor, *of_rows: Tensor | None) -> Statistics:
+    def expect(rows: Tensor, *of_rows: Tensor | None) -> list[Statistics]:
         how: dict[str, Any] = {"assignment": assignment, "moments": moments, "chunk_size": chunk_size}
-        return expectation(rows, parameters, covariance, *of_rows, **how)
+        return expectations(rows, mixtures, covariance, *of_rows, origin=origin.to(rows.dtype), **how)
 
-    def of_this_rank() -> Statistics:
+    def merged(some: list[Statistics], others: list[Statistics]) -> list[Statistics]:
+        return [sums.merge(more) for sums, more in zip(some, others, strict=True)]
+
+    def of_this_rank() -> list[Statistics]:
         with data.watched_batches() if checked else data.batches() as batches:
             sums = (expect(*batch) for batch in batches)
             total = next(sums, None)
             if total is None and not data.shared:
                 raise ValueError("Expected `x` to give at least one batch of rows, but it gave none.")
-            return expect(data.none()) if total is None else reduce(Statistics.merge, sums, total)
+            return expect(data.none()) if total is None else reduce(merged, sums, total)
 
     if not data.shared:
         return of_this_rank()
     sums, error = attempt(of_this_rank)
     if sums is None:  # a number of rows that is none says so to the others, in the message that they wait for
-        nothing = expect(data.none())
-        sums = nothing._replace(rows=torch.full_like(nothing.rows, torch.nan))
-    total = sums.over_ranks()
-    if bool(torch.isnan(total.rows)):
+        sums = [of_none._replace(rows=torch.full_like(of_none.rows, torch.nan)) for of_none in expect(data.none())]
+    totals = [of_one.over_ranks() for of_one in sums]
+    if bool(torch.isnan(totals[0].rows)):
         raise_on_all_ranks(error)
-    return total
+    return totals
 
 
 class Expected(NamedTuple):
@@ -190,35 +193,45 @@ class Expected(NamedTuple):
 
 
 def expect(
-    parameters: Parameters, data: Rows, found: Survey, options: Options, *, rounding: float | None = None
-) -> Expected:
-    r"""Make an E-step over all rows.
+    mixtures: Sequence[Parameters], roundings: Sequence[float], data: Rows, found: Survey, options: Options
+) -> list[Expected]:
+    r"""Make an E-step of each mixture over all rows.
 
     It sums moments in the dtype of the rows where their rounding leaves half of its digits; elsewhere `expectation`
-    chooses a form by shapes.
+    chooses a form by shapes. Mixtures of one form share a pass over the rows.
 
     Args:
-        parameters: Parameters of the E-step.
+        mixtures: Parameters of each E-step.
+        roundings: For each that of moments; infinity takes the form that is chosen by shapes anyhow.
         data: Finite rows.
         found: What a first pass over them found.
         options: What shapes the run.
-        rounding: That of moments, where it is known; infinity takes the form that is chosen by shapes anyhow.
 
     Raises:
         ValueError: If a stream gives other rows than in the first pass.
     """
-    rounding = rounding_of_moments(parameters, found, options) if rounding is None else rounding
-    moments = leaves_half(rounding, found.dtype)
-    how: dict[str, Any] = {"moments": moments, "chunk_size": options.chunk_size, "checked": data.streamed}
-    sums = sum_over(data, parameters, options.covariance, assignment=HARD if options.cem else SOFT, **how)
-    if data.streamed and (n_rows := int(sums.rows + sums.skipped)) != found.n_rows:
-        raise ValueError(
-            f"Expected `x` to give the same rows in each pass, but after one of {found.n_rows} rows a pass of "
-            f"{n_rows} followed."
-        )
-    climbed = sums.classification if options.cem else sums.log_likelihood
-    log_prior = options.priors.log_density(*parameters, options.covariance)
-    return Expected(sums, float((climbed + log_prior) / sums.weight()), rounding if moments else 0.0)
+    by_moments = [leaves_half(rounding, found.dtype) for rounding in roundings]
+    how: dict[str, Any] = {"chunk_size": options.chunk_size, "checked": data.streamed}
+    sums = dict[int, Statistics]()
+    for moments in sorted(set(by_moments)):
+        which = [number for number, fast in enumerate(by_moments) if fast == moments]
+        how |= {"moments": moments, "assignment": HARD if options.cem else SOFT}
+        of_form = sum_over(data, [mixtures[number] for number in which], options.covariance, found.origin, **how)
+        if data.streamed and (n_rows := int(of_form[0].rows + of_form[0].skipped)) != found.n_rows:
+            raise ValueError(
+                f"Expected `x` to give the same rows in each pass, but after one of {found.n_rows} rows a pass of "
+                f"{n_rows} followed."
+            )
+        sums |= zip(which, of_form, strict=True)
+
+    def expected(number: int) -> Expected:
+        of_one = sums[number]
+        climbed = of_one.classification if options.cem else of_one.log_likelihood
+        log_prior = options.priors.log_density(*mixtures[number], options.covariance)
+        objective = float((climbed + log_prior) / of_one.weight())
+        return Expected(of_one, objective, roundings[number] if by_moments[number] else 0.0)
+
+    return [expected(number) for number in range(len(mixtures))]
 
 
 def rounding_of_moments(
@@ -229,7 +242,7 @@ def rounding_of_moments(
     A component of few rows may lie farther out than all rows do on average, or be broader: its mean tells, and of
     covariances that are not tied its own second moments, where an E-step was made.
     """
-    origin, covariance = mixture_mean(parameters), options.covariance  # moments are taken about the mixture's mean
+    origin, covariance = found.origin.to(parameters.means.dtype), options.covariance
     squares = torch.maximum(found.scale(origin).square(), (parameters.means - origin).square())
     if sums is not None and not covariance.tied:
         count, away = sums.count.clamp(min=torch.finfo(torch.float32).tiny)[:, None], sums.origin - origin
@@ -255,7 +268,8 @@ def maximize_from(
     new, singular = options.maximize_watched(sums, parameters, found.dtype)
     rounding = rounding_of_moments(new, found, options, sums)
     if expected.rounding and (singular or not leaves_half(rounding, found.dtype)):
-        sums = expect(parameters, data, found, options, rounding=math.inf).sums
+        [precise] = expect([parameters], [math.inf], data, found, options)
+        sums = precise.sums
         new, _ = options.maximize_watched(sums, parameters, found.dtype)
         rounding = rounding_of_moments(new, found, options, sums)
     return sums, new, rounding
@@ -289,7 +303,7 @@ class Run(NamedTuple):
 
     def precise(self, data: Rows, found: Survey, options: Options) -> Run:
         """Return the run with its E-step in a precise form."""
-        expected = expect(self.parameters, data, found, options, rounding=math.inf)
+        [expected] = expect([self.parameters], [math.inf], data, found, options)
         return self._replace(expected=expected, history=[*self.history[:-1], expected.objective])
 
     def is_over(self, options: Options) -> bool:
@@ -297,17 +311,22 @@ class Run(NamedTuple):
         return self.has_converged(options.tol) or len(self.history) > options.max_iter
 
 
-def begin(start: Parameters, data: Rows, found: Survey, options: Options, number: int = 1) -> Run:
-    """Return a run after its first E-step."""
-    expected = expect(start, data, found, options)
-    return Run(start, expected.sums, expected, [expected.objective], number)
+def begin(starts: Mapping[int, Parameters], data: Rows, found: Survey, options: Options) -> list[Run]:
+    """Return a run from each start, by number, after its first E-step."""
+    mixtures = list(starts.values())
+    roundings = [rounding_of_moments(start, found, options) for start in mixtures]
+    each = zip(starts.items(), expect(mixtures, roundings, data, found, options), strict=True)
+    return [Run(start, at.sums, at, [at.objective], number) for (number, start), at in each]
 
 
-def advance(run: Run, data: Rows, found: Survey, options: Options) -> Run:
-    """Make one EM iteration of a run."""
-    statistics, parameters, rounding = maximize_from(run.expected, run.parameters, data, found, options)
-    expected = expect(parameters, data, found, options, rounding=rounding)
-    return Run(parameters, statistics, expected, [*run.history, expected.objective], run.number)
+def advance(runs: Sequence[Run], data: Rows, found: Survey, options: Options) -> list[Run]:
+    """Make one EM iteration of each run; their E-steps share what is formed of the rows."""
+    if not runs:
+        return []
+    steps = [maximize_from(run.expected, run.parameters, data, found, options) for run in runs]
+    statistics, mixtures, roundings = zip(*steps, strict=True)
+    each = zip(runs, mixtures, statistics, expect(mixtures, roundings, data, found, options), strict=True)
+    return [Run(new, sums, at, [*run.history, at.objective], run.number) for run, new, sums, at in each]
 
 
 def fit_from(start: Parameters, data: Rows, found: Survey, options: Options, report: Report, goal: float) -> Fit:
@@ -329,10 +348,10 @@ def fit_from(start: Parameters, data: Rows, found: Survey, options: Options, rep
         report: Is told after each E-step.
         goal: Change at which to stop, at most ``tol``. A run that reaches ``max_iter`` in between has converged, too.
     """
-    run = begin(start, data, found, options)
+    [run] = begin({1: start}, data, found, options)
     report(0, run.history, "")
     for n_iter in range(1, options.max_iter + 1):
-        run, end = advance(run, data, found, options), ""
+        [run], end = advance([run], data, found, options), ""
         if run.has_converged(goal) or n_iter == options.max_iter:
             end = "converged" if run.has_converged(options.tol) else "stopped"
         report(n_iter, run.history, end)

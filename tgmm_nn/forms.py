@@ -85,8 +85,8 @@ def moment_rounding(
     are seldom off by more than twice this, and mostly by less than a tenth.
 
     Args:
-        mean_squares: Mean square of each feature about the mixture's mean, in the rows of each component or more, shape
-            ``(K, d)``.
+        mean_squares: Mean square of each feature about the reference point of the moments, in the rows of each
+            component or more, shape ``(K, d)``.
         parameters: Parameters of the E-step.
         covariance: Structure of the covariances.
         dtype: Dtype of the rows.

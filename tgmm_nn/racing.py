@@ -50,13 +50,14 @@ def race(
         Jamieson and Talwalkar, Non-stochastic best arm identification and hyperparameter optimization, 2016.
     """
     same = options.tol / 100
-    runs = [begin(start, data, found, options, number) for number, start in starts.items()]
+    runs = begin(starts, data, found, options)
     # k-means often finds the same partition again.
     runs = best_of(_told_apart(runs, data, found, options), len(runs), same)
     report(runs)
     while len(runs) > left:
         for _ in range(ROUND):
-            runs = [run if run.is_over(options) else advance(run, data, found, options) for run in runs]
+            waiting = [run for run in runs if run.is_over(options)]
+            runs = [*waiting, *advance([run for run in runs if not run.is_over(options)], data, found, options)]
         over = all(run.is_over(options) for run in runs)
         runs = _told_apart(runs, data, found, options)
         runs = best_of(runs, left if over else max(left, (len(runs) + 1) // 2), same)

@@ -16,6 +16,7 @@ from tgmm_nn.data import Rows, is_mapped, is_stream
 from tgmm_nn.density import full_precision
 from tgmm_nn.expectation import expectation
 from tgmm_nn.fitting import Options, sum_over
+from tgmm_nn.functional import mixture_mean
 from tgmm_nn.initialization import reseed
 from tgmm_nn.maximization import EVERYTHING, Learned
 from tgmm_nn.state import MixtureState
@@ -318,8 +319,10 @@ class MixtureSteps(MixtureState):
         if data.shape is not None:
             data.log_prior = self._flat_log_prior(log_prior, data.shape[:-1], self.means_)
         how: dict[str, Any] = {"assignment": assignment or self._assignment(), "chunk_size": self.chunk_size}
+        parameters = self._snapshot()
         with full_precision(self.means_.device):
-            return sum_over(data, self._snapshot(), self.covariance, **how)
+            [sums] = sum_over(data, [parameters], self.covariance, mixture_mean(parameters), **how)
+        return sums
 
     def _flat(self, x: Any, sample_weight: Any, log_prior: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return rows ``(n, d)``, their weights and log-priors, checked."""

@@ -87,6 +87,11 @@ class Survey(NamedTuple):
     weight: Tensor
     shared: bool = False
 
+    @property
+    def origin(self) -> Tensor:
+        """Reference point of the rows, shape ``(d,)``: their mean, rounded to their dtype, so that x − o is exact."""
+        return self.mean.to(self.dtype)
+
     def scale(self, origin: Tensor) -> Tensor:
         """Return the root mean square of each feature about a reference point, shape ``(d,)``.
 
