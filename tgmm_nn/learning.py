@@ -110,12 +110,11 @@ class MixtureEM(MixtureSteps):
 
         Of several starts (``n_init``) one is kept by a race. Where they are made by k-means, as many starts by
         k-means++ take part. EM runs from all of them on a sample of at most max(20,000, 100 K) distinct rows, first on
-        a quarter of it (with a ``log_prior`` on all rows); their E-steps share a pass over the rows and what it forms of
-        them. After every ten M-steps the half of poorer objective is dropped, and of starts that came to the same
+        a quarter of it (with a ``log_prior`` on all rows); their E-steps share a pass over the rows and what is formed
+        there. After every ten M-steps the half of poorer objective is dropped, and of starts that came to the same
         objective all but one; runs that converged wait. The one that is left goes on with all rows until a change of
-        ``tol / 100``; of this run, which may make another ``max_iter``
-        M-steps, tell ``history_``, ``n_iter_`` and ``converged_``, whether it came to ``tol``. A race may drop the
-        start that would have ended highest.
+        ``tol / 100``; of this run, which may make another ``max_iter`` M-steps, tell ``history_``, ``n_iter_`` and
+        ``converged_``, whether it came to ``tol``. A race may drop the start that would have ended highest.
 
         In a ``torch.distributed`` world the rows of all ranks are one data set, and each rank ends with the mixture
         that one process would find: ranks exchange what the first pass found, the start is rank zero's, and the sums
