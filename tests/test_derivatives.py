@@ -5,7 +5,7 @@ What keeps infinities out of a gradient is left away where none is recorded, whi
 
 import pytest
 import torch
-from oracles import assert_near
+from oracles import assert_near, random_layer
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
@@ -54,15 +54,45 @@ def test_every_way_to_a_derivative_gives_the_same(part, mixture, rows, density):
     each = vmap(grad(lambda v, row: density(part, v, row[None]).sum()), in_dims=(None, 0))(value, rows)
     expected = (each * direction).flatten(1).sum(1)
     assert expected.isfinite().all()
-    _, along = jvp(lambda v: density(part, v, rows), (value,), (direction,))
-    assert_near(along, expected)
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(value, direction)
-        assert_near(forward_ad.unpack_dual(density(part, dual, rows)).tangent, expected)
+    for recorded in (True, False):  # forward derivatives are taken without gradients as well
+        with torch.set_grad_enabled(recorded), forward_ad.dual_level():
+            dual = forward_ad.make_dual(value, direction)
+            assert_near(forward_ad.unpack_dual(density(part, dual, rows)).tangent, expected)
+        with torch.set_grad_enabled(recorded):
+            _, along = jvp(lambda v: density(part, v, rows), (value,), (direction,))
+        assert_near(along, expected)
     if part != "weights":  # of one that is zero there is no derivative, and none is made of it
         step = 1e-6 * direction
         numeric = (density(part, value + step, rows) - density(part, value - step, rows)) / 2e-6
         assert_near(along, numeric, 1e-7)
+
+
+@pytest.mark.no_cover
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_forward_derivatives_of_a_compiled_density_are_those_of_the_eager_one(family, generator, rows):
+    layer, directions = random_layer(family, generator), torch.randn_like(rows)
+
+    def along(x, direction):
+        return jvp(layer, (x,), (direction,))[1]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(along, backend="aot_eager")
+    assert_near(compiled(rows, directions), along(rows, directions), 1e-12)
+
+
+@pytest.mark.no_cover
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.")  # by torch's own exporter
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_density_has_finite_gradients_although_none_was_recorded_then(strict, family, generator, rows):
+    layer, far = random_layer(family, generator), torch.cat([rows, torch.tensor(FAR, dtype=rows.dtype)])
+    exported = torch.export.export(layer, (far,), strict=strict).module()
+    gradients = []
+    for density in (layer, exported):
+        x = far.clone().requires_grad_()
+        density(x)[[0, 1, 2, 3, 4, 5, 7]].sum().backward()
+        gradients.append(x.grad)
+    assert (gradients[1][5:] == 0).all()
+    assert_near(*gradients)
 
 
 def test_a_density_is_the_same_number_whether_a_gradient_is_recorded_or_not(mixture, rows, density):

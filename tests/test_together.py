@@ -1,10 +1,11 @@
 """E-steps of several mixtures at once: each as if alone, about any reference point, and one pass over rows for all."""
 
+import math
 from collections import Counter
 
 import pytest
 import torch
-from oracles import assert_near, random_mixture
+from oracles import assert_near, random_layer, random_mixture
 
 from tgmm_nn import GaussianMixture, fitting
 from tgmm_nn.assignment import HARD, SOFT, Assignment
@@ -64,7 +65,8 @@ def test_sums_about_another_reference_point_are_the_same_sums(problem):
     mixtures, covariance, x, options = problem
     origin = torch.full((x.shape[1],), -1.5, dtype=x.dtype)
     for parameters in mixtures:
-        given, own = (expectation(x, parameters, covariance, origin=point, **options) for point in (origin, None))
+        [given] = expectations(x, [parameters], covariance, origin=origin, **options)
+        own = expectation(x, parameters, covariance, **options)
         assert_near(given.about(own.origin).sums(), own.sums(), tolerance(x))
         if given.origin.ndim == 1:  # not each component's own mean
             assert_near(given.origin, origin.to(given.origin))
@@ -77,6 +79,21 @@ def test_a_fit_sums_moments_about_the_mean_of_its_rows(family, generator):
     running = gmm.running_statistics()
     assert_near(running.origin.float(), x.double().mean(0).float().expand(3, 2), 1e-5)
     assert_near(running.first.sum(0), torch.zeros(2).double(), 1e-6)  # of one row's weight, about that mean
+
+
+def test_mixtures_of_one_pass_go_each_by_their_own_form(family, generator):
+    """By moments where their rounding allows it, which is then told, and precisely where it does not."""
+    x = torch.randn(500, 2, generator=generator)
+    gmm = random_layer(family, generator, dtype=torch.float32)
+    data, found = gmm._survey(x, None, sync=False)
+    mixtures, roundings = [random_mixture(family, generator).parameters for _ in range(4)], [1e-6, math.inf, 1e-5, 1.0]
+    together = fitting.expect(mixtures, roundings, data, found, gmm._em_options())
+    assert [one.rounding for one in together] == [1e-6, 0.0, 1e-5, 0.0]
+    for one, parameters, rounding in zip(together, mixtures, roundings, strict=True):
+        [alone] = fitting.expect([parameters], [rounding], data, found, gmm._em_options())
+        assert one.sums.origin.shape == alone.sums.origin.shape
+        assert one.objective == pytest.approx(alone.objective, rel=1e-6)
+        assert_near(one.sums.sums(), alone.sums.sums(), 1e-4 if one.rounding else 1e-9)
 
 
 def passes(monkeypatch, **options):

@@ -112,7 +112,7 @@ class Full(Covariance):
         rows, blocks = x.expand(len(factor), -1, -1), list(blocks_of(x.shape[-1]))
         shift = means.unsqueeze(-2).bmm(factor.expand(len(means), -1, -1))
         if len(blocks) == 1:
-            return rows.bmm(factor) - shift if self.tied else torch.baddbmm(shift, rows, factor, beta=-1.0)
+            return rows.bmm(factor) - shift
         return torch.cat([rows[..., :j].bmm(factor[..., :j, i:j]) - shift[..., i:j] for i, j in blocks], -1)
 
     def whitened_second(self, y: Tensor, r: Tensor) -> Tensor:

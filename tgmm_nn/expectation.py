@@ -46,6 +46,7 @@ __all__ = [
     "expectation",
     "expectations",
     "moment_statistics",
+    "moment_statistics_of_each",
     "whitened_statistics",
 ]
 
@@ -65,7 +66,6 @@ def expectation(
     assignment: Assignment = SOFT,
     moments: bool = False,
     chunk_size: int | None = None,
-    origin: Tensor | None = None,
 ) -> Statistics:
     """Make an E-step over any number of rows.
 
@@ -88,14 +88,11 @@ def expectation(
         assignment: How a row is shared among components.
         moments: Whether `moment_rounding` allows moments in the dtype of the rows.
         chunk_size: Rows in a chunk; None chooses by the size of the arrays.
-        origin: Reference point of moments, shape ``(d,)``, in the dtype of the rows or a narrower one; None is the
-            mixture's mean.
 
     Returns:
-        Statistics about each component's own mean, or about one reference point, totals in float64.
+        Statistics about each component's own mean, or about the mixture's, totals in float64.
     """
-    if origin is None:
-        origin = mixture_mean(parameters).to(x.dtype)
+    origin = mixture_mean(parameters).to(x.dtype)
     how: dict[str, Any] = {"assignment": assignment, "moments": moments, "chunk_size": chunk_size, "origin": origin}
     [sums] = expectations(x, [parameters], covariance, sample_weight, log_prior, **how)
     return sums
@@ -115,7 +112,8 @@ def expectations(
 ) -> list[Statistics]:
     """Make E-steps of several mixtures of one size, which share what is formed of the rows where they go by moments.
 
-    Arguments are those of `expectation`, but for ``mixtures``, the parameters of each.
+    Arguments are those of `expectation`, but for ``mixtures``, the parameters of each, and ``origin``, the reference
+    point of moments, shape ``(d,)``, in the dtype of the rows.
     """
     if assignment.offset is not None:
         mixtures = [revivable(parameters) for parameters in mixtures]
@@ -193,7 +191,6 @@ def moment_statistics(
     *,
     dtype: torch.dtype | None = None,
     chunk_size: int | None = None,
-    origin: Tensor | None = None,
 ) -> Statistics:
     r"""Sum the same as `whitened_statistics`, about one reference point and by matrix products.
 
@@ -219,17 +216,14 @@ def moment_statistics(
         assignment: See there.
         dtype: What the products are formed in; None is the dtype of ``x``.
         chunk_size: See there.
-        origin: Reference point, shape ``(d,)``; None is the mixture's mean.
 
     Returns:
-        Statistics about the reference point.
+        Statistics about the mixture's mean.
 
     References:
         Wainwright and Jordan, Graphical models, exponential families, and variational inference, 2008.
     """
-    if origin is None:
-        origin = mixture_mean(parameters).to(x.dtype)
-    how: dict[str, Any] = {"origin": origin, "dtype": dtype, "chunk_size": chunk_size}
+    how: dict[str, Any] = {"origin": mixture_mean(parameters).to(x.dtype), "dtype": dtype, "chunk_size": chunk_size}
     of_rows = (sample_weight, log_prior, assignment)
     [sums] = moment_statistics_of_each(x, [parameters], covariance, *of_rows, **how)
     return sums
@@ -249,7 +243,7 @@ def moment_statistics_of_each(
 ) -> list[Statistics]:
     """Return `moment_statistics` of several mixtures of one size, by the same two products for all of them.
 
-    Arguments are those of `moment_statistics`, but for ``mixtures``, the parameters of each.
+    Arguments are those of `moment_statistics`, but for ``mixtures``, the parameters of each, and ``origin``.
     """
     wide, dtype, (n_components, n_features) = accumulator_dtype(x.device), dtype or x.dtype, mixtures[0].means.shape
     origin = origin.to(dtype)

@@ -321,8 +321,6 @@ def begin(starts: Mapping[int, Parameters], data: Rows, found: Survey, options: 
 
 def advance(runs: Sequence[Run], data: Rows, found: Survey, options: Options) -> list[Run]:
     """Make one EM iteration of each run; their E-steps share what is formed of the rows."""
-    if not runs:
-        return []
     steps = [maximize_from(run.expected, run.parameters, data, found, options) for run in runs]
     statistics, mixtures, roundings = zip(*steps, strict=True)
     each = zip(runs, mixtures, statistics, expect(mixtures, roundings, data, found, options), strict=True)

@@ -53,7 +53,7 @@ def mixture_mean(parameters: Parameters) -> Tensor:
 
 def log_weights(weights: Tensor) -> Tensor:
     """Return the logarithms of weights; that of 0 is −∞ and has no gradient, where its own would turn into nan."""
-    if not _may_record(weights):
+    if not _may_derive(weights):
         return weights.log()
     positive = weights > 0
     return torch.where(positive, torch.where(positive, weights, 1.0).log(), -torch.inf)
@@ -101,7 +101,7 @@ def log_density(x: Tensor, parameters: Parameters, covariance: Covariance) -> Te
     moments = _takes_moments(x, covariance)
     rows, origin = _centred(x, parameters, accumulator_dtype(x.device) if moments else x.dtype)
     length, usable = row_lengths(rows, x.dtype)
-    if _may_record(x, *parameters):  # what such a row becomes is not used, but its gradient would be nan
+    if _may_derive(x, *parameters):  # what such a row becomes is not used, but its gradient would be nan
         rows = masked(rows, usable)
     value = _log_sum(_joint(rows, parameters, origin, covariance, moments))
     return torch.where(usable, value, length * -math.inf).to(x.dtype)
@@ -128,7 +128,8 @@ def map_rows(
     size = chunk_size or rows_per_chunk(parameters.means.numel(), x.element_size())
     if torch.compiler.is_compiling() or len(x) <= size:
         return function(x)
-    if _may_record(x, *parameters) and not torch._C._are_functorch_transforms_active():  # which know no checkpoints
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parameters))
+    if recorded and not torch._C._are_functorch_transforms_active():  # which know no checkpoints
         function = partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
     return torch.cat([function(rows) for rows in x.split(size)])
 
@@ -177,10 +178,16 @@ def rows_per_chunk(width: int, element_size: int, least: int = 64) -> int:
     return min(max(4_000_000 // (width * element_size) // 16 * 16, least), 8192)
 
 
-def _may_record(*tensors: Tensor) -> bool:
-    """Return whether a gradient of any tensor may be recorded: transforms and forward derivatives do not tell."""
-    hidden = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    return torch.is_grad_enabled() and (hidden or any(tensor.requires_grad for tensor in tensors))
+def _may_derive(*tensors: Tensor) -> bool:
+    """Return whether a derivative of any tensor may be taken: most ways to one do not tell.
+
+    Forward derivatives are taken where no gradient is recorded, and what is exported without one may record it later.
+    """
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and (
+        torch.compiler.is_compiling() or any(tensor.requires_grad for tensor in tensors)
+    )
 
 
 def _takes_moments(x: Tensor, covariance: Covariance) -> bool:

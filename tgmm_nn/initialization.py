@@ -231,10 +231,7 @@ def _is_given(name: str, value: Any, names: Collection[str]) -> bool:
 
 
 def _for_sklearn(found: Candidates) -> tuple[Any, Any]:
-    """Return rows and weights as arrays.
-
-    Rows in float64, to which k-means++ casts them in pieces, in twice the time; weights up to one.
-    """
+    """Return rows and weights as arrays; rows in float64, to which k-means++ casts them anyhow, weights up to one."""
     return found.rows.cpu().double().numpy(), (found.weights / found.weights.max()).cpu().numpy()
 
 

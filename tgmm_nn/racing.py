@@ -56,8 +56,11 @@ def race(
     report(runs)
     while len(runs) > left:
         for _ in range(ROUND):
+            going = [run for run in runs if not run.is_over(options)]
+            if not going:
+                break
             waiting = [run for run in runs if run.is_over(options)]
-            runs = [*waiting, *advance([run for run in runs if not run.is_over(options)], data, found, options)]
+            runs = [*waiting, *advance(going, data, found, options)]
         over = all(run.is_over(options) for run in runs)
         runs = _told_apart(runs, data, found, options)
         runs = best_of(runs, left if over else max(left, (len(runs) + 1) // 2), same)

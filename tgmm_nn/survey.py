@@ -89,7 +89,7 @@ class Survey(NamedTuple):
 
     @property
     def origin(self) -> Tensor:
-        """Reference point of the rows, shape ``(d,)``: their mean, rounded to their dtype, so that x − o is exact."""
+        """Reference point of the rows' moments, shape ``(d,)``: their mean, rounded to their dtype."""
         return self.mean.to(self.dtype)
 
     def scale(self, origin: Tensor) -> Tensor:
