@@ -185,9 +185,8 @@ def _may_derive(*tensors: Tensor) -> bool:
     """
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and (
-        torch.compiler.is_compiling() or any(tensor.requires_grad for tensor in tensors)
-    )
+    told = any(tensor.requires_grad for tensor in tensors)
+    return torch.is_grad_enabled() and (told or torch.compiler.is_compiling())
 
 
 def _takes_moments(x: Tensor, covariance: Covariance) -> bool:
