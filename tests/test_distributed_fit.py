@@ -15,7 +15,7 @@ from tgmm_nn.data import Rows
 from tgmm_nn.distributed import is_rank_zero, on_all_ranks, rows_of_each_rank
 from tgmm_nn.survey import look
 
-pytestmark = [FORK_IS_WANTED, pytest.mark.no_cover]
+pytestmark = FORK_IS_WANTED
 
 N, D, K = 150, 2, 3
 

@@ -24,8 +24,6 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 
-pytestmark = pytest.mark.no_cover
-
 X = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([3.0, 2.0, 1.0, 1.0])
 GMM = GaussianMixture(3, 4, random_state=0, max_iter=300).fit(X)
 LINE = GaussianMixture(2, 1).initialize(X[:, :1])

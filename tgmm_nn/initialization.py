@@ -231,8 +231,8 @@ def _is_given(name: str, value: Any, names: Collection[str]) -> bool:
 
 
 def _for_sklearn(found: Candidates) -> tuple[Any, Any]:
-    """Return rows and weights as arrays; rows in float64, to which k-means++ casts them anyhow, weights up to one."""
-    return found.rows.cpu().double().numpy(), (found.weights / found.weights.max()).cpu().numpy()
+    """Return rows and weights as arrays; weights up to one, since they are cast to the dtype of the rows there."""
+    return found.rows.cpu().numpy(), (found.weights / found.weights.max()).cpu().numpy()
 
 
 def _seed(generator: torch.Generator) -> int:
