@@ -100,6 +100,19 @@ def test_every_option_means_over_ranks_what_it_means_alone(name, x, tmp_path):
     assert_all_have(on_two_ranks(fit, tmp_path), layer(**OPTIONS[name]).fit(x, sample_weight=weight), tolerance)
 
 
+@pytest.mark.parametrize("cut", [60, N], ids=["both have rows", "none on rank one"])
+def test_starts_race_over_the_rows_of_all_ranks_where_each_row_has_its_prior(cut, family, x, generator, tmp_path):
+    """Then it is no sample that they race on: a rank's pass sums for all mixtures, and each is added over ranks."""
+    log_prior = torch.randn(N, K, generator=generator, dtype=torch.float64)
+    options = {"n_init": 3, "init_means": "random"}
+
+    def fit(rank):
+        rows, of_rows = parts_of(x, cut)[rank], parts_of(log_prior, cut)[rank]
+        return result(layer(family, **options).fit(rows, log_prior=of_rows))
+
+    assert_all_have(on_two_ranks(fit, tmp_path), layer(family, **options).fit(x, log_prior=log_prior), 1e-9)
+
+
 def test_each_rank_predicts_its_own_rows_and_one_that_asks_fits_alone(x, tmp_path):
     def labels(rank):
         mine = parts_of(x, 60)[rank]

@@ -211,12 +211,13 @@ def expect(
         ValueError: If a stream gives other rows than in the first pass.
     """
     by_moments = [leaves_half(rounding, found.dtype) for rounding in roundings]
-    how: dict[str, Any] = {"chunk_size": options.chunk_size, "checked": data.streamed}
+    assignment = HARD if options.cem else SOFT
+    how: dict[str, Any] = {"assignment": assignment, "chunk_size": options.chunk_size, "checked": data.streamed}
     sums = dict[int, Statistics]()
     for moments in sorted(set(by_moments)):
         which = [number for number, fast in enumerate(by_moments) if fast == moments]
-        how |= {"moments": moments, "assignment": HARD if options.cem else SOFT}
-        of_form = sum_over(data, [mixtures[number] for number in which], options.covariance, found.origin, **how)
+        some = [mixtures[number] for number in which]
+        of_form = sum_over(data, some, options.covariance, found.origin, moments=moments, **how)
         if data.streamed and (n_rows := int(of_form[0].rows + of_form[0].skipped)) != found.n_rows:
             raise ValueError(
                 f"Expected `x` to give the same rows in each pass, but after one of {found.n_rows} rows a pass of "
