@@ -24,6 +24,7 @@ ORDER = (
     "maximization",
     "assignment",
     "functional",
+    "few",
     "forms",
     "expectation",
     "transport",

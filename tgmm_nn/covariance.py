@@ -16,7 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
@@ -45,10 +47,10 @@ class Full(Covariance):
         return Whole(self.tied)
 
     def outer(self, a: Tensor, b: Tensor) -> Tensor:
-        return a.unsqueeze(-1) * b.unsqueeze(-2)
+        return a[..., None] * b[..., None, :]
 
     def variances(self, element: Tensor) -> Tensor:
-        return element.diagonal(dim1=-2, dim2=-1)
+        return element.diagonal(0, -2, -1)
 
     def eigenvalues(self, element: Tensor) -> Tensor:
         return torch.linalg.eigvalsh(element)
@@ -64,7 +66,7 @@ class Full(Covariance):
         if factor is None:
             remaining, exists = in_parts(self._remaining, covariance)
             return exists & self._is_clear(remaining, covariance, dtype)
-        return self._is_clear(self.variances(factor).square().reciprocal(), covariance, dtype)
+        return self._is_clear(1.0 / self.variances(factor) ** 2, covariance, dtype)
 
     def is_factor(self, factor: Tensor) -> Tensor:
         return (self.variances(factor) > 0).all(-1) & (factor.tril(-1) == 0).all(-1).all(-1)
@@ -78,10 +80,10 @@ class Full(Covariance):
         return inverse_of_lower(factor.mT)
 
     def square(self, factor: Tensor) -> Tensor:
-        return factor.bmm(factor.mT)
+        return factor @ factor.swapaxes(-1, -2)
 
     def apply(self, element: Tensor, rows: Tensor) -> Tensor:
-        return element.expand(len(rows), -1, -1).bmm(rows.unsqueeze(-1)).squeeze(-1)
+        return (element @ rows[..., None])[..., 0]
 
     def unwhiten(self, factor: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         def both_sides(factor: Tensor, second: Tensor) -> tuple[Tensor]:
@@ -174,7 +176,7 @@ class Full(Covariance):
         # What remains of a variance may be rounding alone, where rows lie in a plane or a feature is constant.
         numbers = torch.finfo(dtype or covariance.dtype)
         noise = 10 * covariance.shape[-1] * numbers.eps * self.variances(covariance)
-        return (remaining > noise.clamp_(min=numbers.tiny)).all(-1)
+        return (remaining > noise.clip(numbers.tiny)).all(-1)
 
     @staticmethod
     def _pairs(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,14 +196,19 @@ class Whole(Full):
     def writer(self, x: Tensor, out: Tensor) -> Callable[[], object]:
         return partial(torch.mul, x.unsqueeze(1), x, out=out.unflatten(0, self.shape(len(x))))
 
+    def features_of_few(self, x: Any, out: Any = None) -> Any:
+        out = np.empty((len(x) ** 2, x.shape[1])) if out is None else out
+        self.writer(torch.from_numpy(x), torch.from_numpy(out))()
+        return out
+
     def dual(self, matrix: Tensor, n_features: int) -> Tensor:
-        return matrix.flatten(-2)
+        return matrix.reshape(*matrix.shape[:-2], -1)
 
     def pack(self, element: Tensor) -> Tensor:
         return element.flatten(-2)
 
     def unpack(self, features: Tensor, n_features: int) -> Tensor:
-        return features.unflatten(-1, self.shape(n_features))
+        return features.reshape(*features.shape[:-1], *self.shape(n_features))
 
 
 class Uncorrelated(Covariance):
@@ -220,7 +227,7 @@ class Uncorrelated(Covariance):
         return factor.reciprocal()
 
     def square(self, factor: Tensor) -> Tensor:
-        return factor.square()
+        return factor * factor
 
     def unwhiten(self, factor: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         return self.apply(factor.reciprocal(), first), second / factor.square()
@@ -313,7 +320,7 @@ class Spherical(Uncorrelated):
         return (a * b).mean(-1)
 
     def variances(self, element: Tensor) -> Tensor:
-        return element.unsqueeze(-1)
+        return element[..., None]
 
     def add_to_diagonal_(self, element: Tensor, value: float | Tensor) -> Tensor:
         return element.add_(value)
@@ -326,7 +333,7 @@ class Spherical(Uncorrelated):
         return factor, factor < torch.inf
 
     def apply(self, element: Tensor, rows: Tensor) -> Tensor:
-        return element.unsqueeze(-1) * rows
+        return element[..., None] * rows
 
     def log_det(self, factor: Tensor, n_features: int) -> Tensor:
         return n_features * factor.log()
@@ -346,14 +353,17 @@ class Spherical(Uncorrelated):
     def features(self, x: Tensor) -> Tensor:
         return x.square().mean(0, keepdim=True)
 
+    def features_of_few(self, x: Any, out: Any = None) -> Any:
+        return np.square(x).mean(0, keepdims=True, out=out)
+
     def dual(self, matrix: Tensor, n_features: int) -> Tensor:
-        return n_features * matrix.unsqueeze(-1)
+        return n_features * matrix[..., None]
 
     def pack(self, element: Tensor) -> Tensor:
         return element.unsqueeze(-1)
 
     def unpack(self, features: Tensor, n_features: int) -> Tensor:
-        return features.squeeze(-1)
+        return features[..., 0]
 
 
 COVARIANCES: dict[str, Covariance] = {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, MixtureSameFamily
 
-from tgmm_nn import checks, functional
+from tgmm_nn import checks, few, functional
 from tgmm_nn.covariance import Covariance
 from tgmm_nn.data import Rows, is_mapped, is_stream, pieces
 from tgmm_nn.functional import Parameters
@@ -26,6 +26,12 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def log_density(x: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
+    """Return the log-density of rows ``(n, d)``, by the form for few of them where it is their case."""
+    value = few.log_density(x, parameters, covariance)
+    return functional.log_density(x, parameters, covariance) if value is None else value
 
 
 class MixtureDensity(nn.Module):
@@ -73,7 +79,7 @@ class MixtureDensity(nn.Module):
             >>> GaussianMixture(2, 1)(torch.zeros(3, 1))
             tensor([-0.9189, -0.9189, -0.9189])
         """
-        return self._map_rows(functional.log_density, x)
+        return self._map_rows(log_density, x)
 
     def score_samples(self, x: Any) -> Tensor:
         """Return the log-density of each row: the same as calling the layer."""

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tgmm_nn import checks
+from tgmm_nn import checks, few
 from tgmm_nn.assignment import HARD, SOFT, Assignment
 from tgmm_nn.data import Rows, is_mapped, is_stream
 from tgmm_nn.density import full_precision
+from tgmm_nn.distributed import is_distributed
 from tgmm_nn.expectation import expectation
 from tgmm_nn.fitting import Options, sum_over
 from tgmm_nn.functional import mixture_mean
 from tgmm_nn.initialization import reseed
 from tgmm_nn.maximization import EVERYTHING, Learned
+from tgmm_nn.priors import NO_PRIORS
 from tgmm_nn.state import MixtureState
 from tgmm_nn.statistics import Statistics, check_like
 from tgmm_nn.transport import sinkhorn
@@ -26,6 +29,20 @@ from tgmm_nn.transport import sinkhorn
 __all__ = ["MixtureSteps"]
 
 MARGINALS = ("uniform", "weights")
+
+WRITTEN = (
+    "weights_",
+    "means_",
+    "factor_",
+    "running_count",
+    "running_first",
+    "running_second",
+    "running_origin",
+    "running_step_size",
+    "n_updates",
+    "n_skipped",
+    "fitted",
+)
 
 
 def option(name: str, check: Callable[[str, Any], None]) -> Any:
@@ -88,7 +105,8 @@ class MixtureSteps(MixtureState):
             tensor([[0.2500]])
         """
         if not is_stream(x):
-            return self._expect(x, sample_weight, log_prior, assignment)
+            sums = self._expect(x, sample_weight, log_prior, assignment)
+            return sums.statistics(self.covariance) if isinstance(sums, few.Sums) else sums
         if log_prior is not None:
             raise ValueError("Expected `log_prior` only with rows, but got it with a stream, whose order is not known.")
         return self._sum_over(x, sample_weight, None, assignment)
@@ -160,6 +178,11 @@ class MixtureSteps(MixtureState):
         """
         checks.check_step_size(step_size)
         batch = self._expect(x, sample_weight, log_prior, assignment)
+        if isinstance(batch, few.Sums):
+            alone = not (sync and is_distributed())
+            if alone and (value := self._update_few(batch, step_size, learned)) is not None:
+                return value
+            batch = batch.statistics(self.covariance)
         return self.update(batch.over_ranks() if sync else batch, step_size, learned=learned)
 
     @torch.no_grad()
@@ -189,6 +212,9 @@ class MixtureSteps(MixtureState):
         """
         checks.check_step_size(step_size)
         check_like(statistics, self.covariance, self.running_first)
+        found = few.Sums.of(statistics)
+        if found is not None and (value := self._update_few(found, step_size, learned)) is not None:
+            return value
         batch = sums = statistics
         if step_size is not None:
             # In the dtype of the sums: a share of 0.3 in float32 is off by 1e-8, and the next step multiplies by it.
@@ -302,16 +328,35 @@ class MixtureSteps(MixtureState):
         gamma = (previous * (1.0 / step_size - 1.0)).sum()
         return self.running_statistics().scale(torch.where(weight > 0, gamma, 0.0))
 
+    def _update_few(self, batch: few.Sums, step_size: float | Tensor | None, learned: Learned) -> Tensor | None:
+        """Make the update of `few.update`, where nothing was asked for that it has not; or return None."""
+        kind = type(self)
+        own = kind.update is not MixtureSteps.update or kind.maximize is not MixtureSteps.maximize
+        if own or learned is not EVERYTHING or self.reg_covar_relative or self._priors is not NO_PRIORS:
+            return None
+        if isinstance(step_size, Tensor):
+            step_size = step_size.item() if few.are_here(step_size) else math.nan
+            if not 0.0 < step_size <= 1.0:
+                return None
+        buffers = cast("list[Tensor]", [self._buffers[name] for name in WRITTEN])
+        return few.update(batch, buffers, self.covariance, self.reg_covar, step_size)
+
     def _assignment(self) -> Assignment:
         return HARD if self.cem else SOFT
 
-    def _expect(self, x: Any, sample_weight: Any, log_prior: Any, assignment: Assignment | None) -> Statistics:
+    def _expect(
+        self, x: Any, sample_weight: Any, log_prior: Any, assignment: Assignment | None
+    ) -> Statistics | few.Sums:
         if not isinstance(x, Tensor) and is_mapped(x):
             return self._sum_over(x, sample_weight, log_prior, assignment)
         rows, *of_rows = self._flat(x, sample_weight, log_prior)
-        how: dict[str, Any] = {"assignment": assignment or self._assignment(), "chunk_size": self.chunk_size}
+        assignment, mixture = assignment or self._assignment(), self.mixture()
+        plain = assignment is SOFT and sample_weight is None and log_prior is None and self.chunk_size is None
         with full_precision(rows.device):
-            return expectation(rows, self.mixture(), self.covariance, *of_rows, **how)
+            if plain and (sums := few.expectation(rows, mixture, self.covariance)) is not None:
+                return sums
+            how: dict[str, Any] = {"assignment": assignment, "chunk_size": self.chunk_size}
+            return expectation(rows, mixture, self.covariance, *of_rows, **how)
 
     def _sum_over(self, x: Any, sample_weight: Any, log_prior: Any, assignment: Assignment | None) -> Statistics:
         """Return the sums of rows that come batch by batch, from a stream or a file."""
@@ -327,6 +372,7 @@ class MixtureSteps(MixtureState):
     def _flat(self, x: Any, sample_weight: Any, log_prior: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return rows ``(n, d)``, their weights and log-priors, checked."""
         rows, shape = self._rows(x, self.means_)
+        rows = rows.detach() if rows.requires_grad else rows
         sample_weight = checks.to_weights(sample_weight, shape, rows.dtype, rows.device)
         return rows, sample_weight, self._flat_log_prior(log_prior, shape, rows)
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
@@ -217,6 +218,10 @@ class Covariance(ABC):
         """Return what writes the `features` of ``x`` into ``out`` each time that it is called."""
         return lambda: out.copy_(self.features(x))
 
+    def features_of_few(self, x: Any, out: Any = None) -> Any:
+        """Return `features` of an array of NumPy, also into ``out``."""
+        return np.multiply(x, x, out=out)
+
     def n_products(self, n_features: int) -> int:
         """Return the number F of `features`."""
         return self.n_parameters(n_features)
@@ -246,7 +251,7 @@ class Covariance(ABC):
 
     def pool(self, per_component: Tensor) -> Tensor:
         """Return what the elements sum over: the components where tied, nothing otherwise."""
-        return per_component.sum(0, keepdim=True) if self.tied else per_component
+        return per_component.sum(0)[None] if self.tied else per_component
 
     def public(self, element: Tensor) -> Tensor:
         """Return elements without the leading 1 of a tied structure, as users see them."""

@@ -1,0 +1,284 @@
+r"""EM and densities of few rows on a CPU, where calling an operation takes longer than what it computes.
+
+A call of torch takes some microseconds and one of NumPy a tenth of that, however few the numbers. So here NumPy
+computes in the memory of the tensors, and torch makes the larger products, by the formulas of
+`tgmm_nn.functional.log_density`, `tgmm_nn.expectation.moment_statistics` and `tgmm_nn.maximization.maximize`.
+
+Only the ordinary case is here: few float32 rows that are finite, components that all have rows, and covariances of
+which none is singular. In any other, a function returns None before anything is changed, and the caller takes the
+general form, which has an answer for all of them. Values are read to tell: on a CPU there is nothing to wait for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tgmm_nn.covariance import Covariance
+from tgmm_nn.functional import LOG_2PI
+from tgmm_nn.maximization import TINY
+from tgmm_nn.statistics import Parameters, Statistics, per_element
+
+__all__ = ["Sums", "are_here", "expectation", "log_density", "update"]
+
+# Numbers up to which calls take longer than what they compute, in a density, an E-step and an M-step.
+SCORED, SUMMED, ESTIMATED = 2**15, 2**17, 2**16
+
+# Multiplications up to which a product is NumPy's: for more it starts threads, which slow those of torch.
+MULTIPLIED = 2**17
+
+# Where no feature of a centred row is larger, no squared length overflows float32.
+FAR = 1e16
+
+# A component of less weight may consist of shares that the general form takes for none.
+RARE = 1e-15
+
+LARGEST = float(np.finfo(np.float32).max)
+
+# Of NumPy. A structure of covariances takes them where the operators that tensors have as well are enough.
+Array = Any
+
+array, tensor = Tensor.numpy, torch.from_numpy
+
+
+def log_density(x: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor | None:
+    r"""Return :math:`\log p(x_n)` of rows ``(n, d)``, shape ``(n,)``; or None."""
+    few = 0 < len(x) * max(parameters.means.shape) <= SCORED
+    if not (few and x.dtype == torch.float32 and are_here(x, *parameters)):
+        return None
+    form = _joint_by_moments if covariance.is_narrow(x.shape[1]) else _joint_by_whitening
+    with np.errstate(all="ignore"):
+        joint = form(array(x), [array(p) for p in parameters], covariance)
+        largest = _exponential(joint)
+        value = largest + np.log(joint.sum(0))
+        return tensor(value.astype(np.float32)) if math.isfinite(value.sum()) else None
+
+
+class Sums(NamedTuple):
+    """Sums of rows: `tgmm_nn.statistics.Statistics` in arrays.
+
+    Attributes:
+        count: Shape ``(K,)``.
+        first: Shape ``(K, d)``.
+        second: Elements.
+        origin: Shape ``(d,)`` or ``(K, d)``.
+        totals: Log-likelihood, that of the classification, rows, and skipped rows, shape ``(4,)``.
+    """
+
+    count: Array
+    first: Array
+    second: Array
+    origin: Array
+    totals: Array
+
+    @classmethod
+    def of(cls, statistics: Statistics) -> Sums | None:
+        """Return the same sums, in the same memory but for the totals; or None."""
+        count, first, second, *totals, origin, _ = statistics
+        if second.numel() > ESTIMATED or not are_here(count, first, second, *totals, origin):
+            return None
+        return cls(array(count), array(first), array(second), array(origin), np.array([t.item() for t in totals]))
+
+    def statistics(self, covariance: Covariance) -> Statistics:
+        """Return the same sums, in the same memory."""
+        log_likelihood, classification, rows, skipped = tensor(self.totals).unbind()
+        totals = (log_likelihood, classification, rows, skipped)
+        sums = (tensor(self.count), tensor(self.first), tensor(self.second))
+        return Statistics(*sums, *totals, tensor(self.origin), covariance)
+
+
+def expectation(x: Tensor, parameters: Parameters, covariance: Covariance) -> Sums | None:
+    """Make the E-step of rows ``(n, d)``, with soft shares and about the mixture's mean; or None."""
+    (n, d), n_components, form = x.shape, len(parameters.means), covariance.whole()
+    # Of fewer rows it is likely that a component has none.
+    few = 4 * n_components <= n and n * max(n_components, form.n_monomials(d)) <= SUMMED
+    if not (few and x.dtype == torch.float32 and are_here(x, *parameters)):
+        return None
+    with np.errstate(all="ignore"):
+        family = _Family([array(p) for p in parameters], form)
+        theta = np.concatenate((family.constant, family.linear, *family.quadratic), 1)
+        monomials = np.empty((theta.shape[1], n))
+        monomials[0], columns, products = 1.0, monomials[1 : 1 + d], monomials[1 + d :]
+        np.subtract(array(x).T, family.origin[:, None], out=columns)
+        if not form.tied:
+            form.features_of_few(columns, products)
+        shares = _product(theta, monomials)
+        largest = _exponential(shares)
+        total = shares.sum(0)
+        shares /= total
+        sums = _product(shares, monomials.T)
+        count, first = sums[:, 0], sums[:, 1 : 1 + d]
+        second: Array = sums[:, 1 + d :]
+        classification, rest = largest.sum(), np.log(total).sum()
+        if not (math.isfinite(classification + rest) and np.abs(columns).max() < FAR and count.min() > RARE):
+            return None
+        if form.tied:
+            of_all = tensor(columns)
+            second = array(covariance.whitened_second(of_all.mT[None], of_all.new_ones(1, n)))
+            classification -= 0.5 * covariance.inner(family.precision, second, d)[0]
+        else:
+            second = form.unpack(second, d)
+        return Sums(count, first, second, family.origin, np.array([classification + rest, classification, n, 0.0]))
+
+
+def update(
+    batch: Sums, buffers: Sequence[Tensor], covariance: Covariance, reg_covar: float, step_size: float | None
+) -> Tensor | None:
+    """Make the M-step of `tgmm_nn.steps.MixtureSteps.update`, write it, and return the mean log-likelihood; or None.
+
+    Args:
+        batch: Sums of rows.
+        buffers: Weights, means and factor; count, first and second moment of the running sums, their reference points
+            and their step size; the number of updates, that of skipped rows, and whether the mixture is fitted.
+        covariance: Structure of the covariances.
+        reg_covar: Number added to the diagonal of each covariance.
+        step_size: Share of the rows in the running sums, in (0, 1]; None is exact EM.
+    """
+    if batch.second.size > ESTIMATED or not are_here(*buffers):
+        return None
+    arrays, weight = [array(buffer) for buffer in buffers], batch.count.sum()
+    running, (share, n_updates, n_skipped, fitted) = arrays[3:7], arrays[7:]
+    with np.errstate(all="ignore"):
+        sums = batch[:4]
+        if step_size is not None:
+            gamma = (share[0] or weight) * (1.0 / step_size - 1.0)
+            sums = _merged(sums, running, gamma, covariance)
+        new = _maximize(*sums, covariance, reg_covar)
+        if new is None:
+            return None
+        for buffer, value in zip(arrays[:8], (*new, *sums, step_size or 1.0), strict=True):
+            buffer[...] = value
+        n_updates += 1
+        n_skipped += int(batch.totals[3])
+        fitted[0] = 1
+        # A backward pass that still needs the old values has to find out.
+        torch.autograd.graph.increment_version(buffers)
+        return tensor(np.array(batch.totals[0] / weight, arrays[0].dtype))
+
+
+def are_here(*tensors: Tensor) -> bool:
+    """Return whether tensors are memory that NumPy can share, and nobody follows what becomes of them.
+
+    Gradients, compilers, transforms and modes that watch the operations of torch would miss those of NumPy.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    here = all(type(t) is Tensor and t.is_cpu and not (t.requires_grad or t.is_neg()) for t in tensors)
+    return here and not torch._C._len_torch_dispatch_stack()
+
+
+class _Family:
+    """A mixture as an exponential family about its mean: see `tgmm_nn.functional.natural_parameters`."""
+
+    def __init__(self, parameters: Sequence[Array], covariance: Covariance) -> None:
+        weights, means, factor = (p.astype(np.float64) for p in parameters)
+        n_features = means.shape[1]
+        self.origin = (weights @ means).astype(np.float32).astype(np.float64)
+        self.precision, means = covariance.square(factor), means - self.origin
+        self.linear = covariance.apply(self.precision, means)
+        constant = _constant(weights, factor, n_features, covariance) - 0.5 * (means * self.linear).sum(-1)
+        self.constant = constant[:, None]
+        # Where it is the same for all components, it tells none apart.
+        self.quadratic = () if covariance.tied else (-0.5 * covariance.dual(self.precision, n_features),)
+
+
+def _joint_by_moments(rows: Array, parameters: Sequence[Array], covariance: Covariance) -> Array:
+    family = _Family(parameters, form := covariance.whole())
+    columns = rows.T - family.origin[:, None]
+    joint = _product(family.linear, columns)
+    joint += family.constant
+    for quadratic in family.quadratic:
+        joint += _product(quadratic, form.features_of_few(columns))
+    if form.tied:  # the term that all components share needs no product with each
+        factor, zero = parameters[2].astype(np.float64), np.zeros((1, len(columns)))
+        y = form.whiten(tensor(columns.T), tensor(zero), tensor(factor))
+        joint -= 0.5 * array(y.square().sum(-1))
+    return _near(columns, joint)
+
+
+def _joint_by_whitening(rows: Array, parameters: Sequence[Array], covariance: Covariance) -> Array:
+    weights, means, factor = parameters
+    origin = weights @ means
+    rows, shift = rows - origin, (origin - means)[:, None] @ factor
+    y = torch.baddbmm(tensor(shift), tensor(rows).expand(len(means), -1, -1), tensor(factor))
+    joint: Array = np.square(array(torch.linalg.vector_norm(y, dim=-1)))
+    joint *= -0.5
+    joint += _constant(weights, factor, rows.shape[1], covariance)[:, None]
+    return _near(rows, joint)
+
+
+def _near(rows: Array, joint: Array) -> Array:
+    """Return log-densities, nan where a centred row is far away."""
+    return joint if np.abs(rows).max() < FAR else np.full_like(joint, np.nan)
+
+
+def _constant(weights: Array, factor: Array, n_features: int, covariance: Covariance) -> Array:
+    r"""Return :math:`\log \pi_k + \log |P_k| - \tfrac d2 \log 2 \pi`."""
+    scales = covariance.variances(factor)
+    return np.log(weights) + np.log(scales).sum(-1) * (n_features / scales.shape[-1]) - 0.5 * n_features * LOG_2PI
+
+
+def _exponential(joint: Array) -> Array:
+    """Turn logarithms ``(K, n)`` into what they are of over each column's largest, in place, and return the largest."""
+    largest = joint.max(0)
+    joint -= largest
+    np.exp(joint, out=joint)
+    return largest
+
+
+def _merged(
+    batch: Sequence[Array], running: Sequence[Array], gamma: float, covariance: Covariance
+) -> tuple[Array, Array, Array, Array]:
+    r"""Return the sums of a batch and :math:`\gamma` times running ones, about the reference point of the batch."""
+    (n, s, ss, o), (count, first, second, origin) = batch, running
+    delta = origin - o
+    moved = first + count[:, None] * delta
+    second = second + covariance.pool(covariance.outer(moved, delta) + covariance.outer(delta, first))
+    return n + gamma * count, s + gamma * moved, ss + gamma * second, o
+
+
+def _maximize(
+    count: Array, first: Array, second: Array, origin: Array, covariance: Covariance, reg_covar: float
+) -> tuple[Array, Array, Array] | None:
+    """Return weights, means and factors that maximise the expected log-likelihood, or None."""
+    total = count.sum()
+    if not (count.min() > TINY and total < math.inf):
+        return None
+    shift = first / count[:, None]
+    element = second - covariance.pool(covariance.outer(first, shift))
+    element /= per_element(covariance.pool(count), element)
+    diagonal = element if element.ndim < 3 else np.einsum("kii->ki", element)
+    diagonal += reg_covar
+    factor = _factor(element)
+    if factor is None or not np.abs(factor).max() < LARGEST:
+        return None
+    if not covariance.is_positive(element, torch.float64, factor).all():
+        return None
+    return count / total, origin + shift, factor
+
+
+def _factor(element: Array) -> Array | None:
+    """Return the factor P of the inverse of each covariance, or None."""
+    if element.ndim < 3:  # variances
+        return 1.0 / np.sqrt(element)
+    try:
+        lower = np.linalg.cholesky(element)
+    except np.linalg.LinAlgError:
+        return None
+    return array(torch.linalg.solve_triangular(tensor(lower), _identity(element.shape[-1]), upper=False).mT)
+
+
+@cache
+def _identity(n: int) -> Tensor:
+    return tensor(np.eye(n))
+
+
+def _product(a: Array, b: Array) -> Array:
+    """Return ``a @ b``."""
+    return a @ b if len(a) * b.size <= MULTIPLIED else array(torch.mm(tensor(a), tensor(b)))
