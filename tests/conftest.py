@@ -6,6 +6,7 @@ torch.set_num_threads(1)
 
 import pytest
 
+from tgmm_nn import few
 from tgmm_nn.covariance import COVARIANCES
 
 
@@ -13,6 +14,14 @@ from tgmm_nn.covariance import COVARIANCES
 def family(request):
     """Each of the six covariance types by name."""
     return request.param
+
+
+@pytest.fixture(params=["few", "many"])
+def either_form(request, monkeypatch):
+    """Run a test twice: as it is, and by the general forms, which few rows on a CPU take for what is not ordinary."""
+    if request.param == "many":
+        for limit in ("SCORED", "SUMMED", "ESTIMATED"):
+            monkeypatch.setattr(few, limit, 0)
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ from tgmm_nn.covariance import COVARIANCES
 
 PARAMETERS = ("weights_", "means_", "factor_")
 SUMS = ("running_count", "running_first", "running_second")
+pytestmark = pytest.mark.usefixtures("either_form")
+
 STEP_SIZES = pytest.mark.parametrize("step_size", [None, 0.5], ids=["exact", "minibatch"])
 
 

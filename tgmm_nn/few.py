@@ -25,7 +25,7 @@ from tgmm_nn.functional import LOG_2PI
 from tgmm_nn.maximization import TINY
 from tgmm_nn.statistics import Parameters, Statistics, per_element
 
-__all__ = ["Sums", "are_here", "expectation", "log_density", "update"]
+__all__ = ["Sums", "are_here", "expectation", "log_density", "maximize", "update"]
 
 # Numbers up to which calls take longer than what they compute, in a density, an E-step and an M-step.
 SCORED, SUMMED, ESTIMATED = 2**15, 2**17, 2**16
@@ -85,6 +85,14 @@ class Sums(NamedTuple):
             return None
         return cls(array(count), array(first), array(second), array(origin), np.array([t.item() for t in totals]))
 
+    def merge(self, other: Sums, gamma: float, covariance: Covariance) -> Sums:
+        r"""Return these and :math:`\gamma` times other sums, about this one's reference point, with these totals."""
+        delta = other.origin - self.origin
+        first = other.first + other.count[:, None] * delta
+        shift = covariance.outer(first, delta) + covariance.outer(delta, other.first)
+        second = self.second + gamma * (other.second + covariance.pool(shift))
+        return Sums(self.count + gamma * other.count, self.first + gamma * first, second, self.origin, self.totals)
+
     def statistics(self, covariance: Covariance) -> Statistics:
         """Return the same sums, in the same memory."""
         log_likelihood, classification, rows, skipped = tensor(self.totals).unbind()
@@ -102,8 +110,9 @@ def expectation(x: Tensor, parameters: Parameters, covariance: Covariance) -> Su
         return None
     with np.errstate(all="ignore"):
         family = _Family([array(p) for p in parameters], form)
-        theta = np.concatenate((family.constant, family.linear, *family.quadratic), 1)
-        monomials = np.empty((theta.shape[1], n))
+        monomials = _empty(form.n_monomials(d), n)
+        theta = _empty(n_components, len(monomials))
+        np.concatenate((family.constant, family.linear, *family.quadratic), 1, out=theta)
         monomials[0], columns, products = 1.0, monomials[1 : 1 + d], monomials[1 + d :]
         np.subtract(array(x).T, family.origin[:, None], out=columns)
         if not form.tied:
@@ -127,6 +136,23 @@ def expectation(x: Tensor, parameters: Parameters, covariance: Covariance) -> Su
         return Sums(count, first, second, family.origin, np.array([classification + rest, classification, n, 0.0]))
 
 
+def maximize(sums: Sums, buffers: Sequence[Tensor], covariance: Covariance, reg_covar: float) -> bool:
+    """Make the M-step of `tgmm_nn.steps.MixtureSteps.maximize` and write it, or return False.
+
+    Args:
+        sums: Sums of rows.
+        buffers: Weights, means and factor; count, first and second moment of the running sums, their reference points
+            and their step size; whether the mixture is fitted.
+        covariance: Structure of the covariances.
+        reg_covar: Number added to the diagonal of each covariance.
+    """
+    if not (are_here(*buffers) and _maximized(sums, [array(b) for b in buffers], covariance, reg_covar)):
+        return False
+    # A backward pass that still needs the old values has to find out.
+    torch.autograd.graph.increment_version(buffers)
+    return True
+
+
 def update(
     batch: Sums, buffers: Sequence[Tensor], covariance: Covariance, reg_covar: float, step_size: float | None
 ) -> Tensor | None:
@@ -134,32 +160,28 @@ def update(
 
     Args:
         batch: Sums of rows.
-        buffers: Weights, means and factor; count, first and second moment of the running sums, their reference points
-            and their step size; the number of updates, that of skipped rows, and whether the mixture is fitted.
-        covariance: Structure of the covariances.
-        reg_covar: Number added to the diagonal of each covariance.
+        buffers: Those of `maximize`, then the numbers of updates and of skipped rows.
+        covariance: See `maximize`.
+        reg_covar: See there.
         step_size: Share of the rows in the running sums, in (0, 1]; None is exact EM.
     """
-    if batch.second.size > ESTIMATED or not are_here(*buffers):
+    weight = batch.count.sum()
+    if not (weight > 0.0 and are_here(*buffers)):
         return None
-    arrays, weight = [array(buffer) for buffer in buffers], batch.count.sum()
-    running, (share, n_updates, n_skipped, fitted) = arrays[3:7], arrays[7:]
-    with np.errstate(all="ignore"):
-        sums = batch[:4]
-        if step_size is not None:
-            gamma = (share[0] or weight) * (1.0 / step_size - 1.0)
-            sums = _merged(sums, running, gamma, covariance)
-        new = _maximize(*sums, covariance, reg_covar)
-        if new is None:
-            return None
-        for buffer, value in zip(arrays[:8], (*new, *sums, step_size or 1.0), strict=True):
-            buffer[...] = value
-        n_updates += 1
-        n_skipped += int(batch.totals[3])
-        fitted[0] = 1
-        # A backward pass that still needs the old values has to find out.
-        torch.autograd.graph.increment_version(buffers)
-        return tensor(np.array(batch.totals[0] / weight, arrays[0].dtype))
+    arrays = [array(buffer) for buffer in buffers]
+    running, (share, _, n_updates, n_skipped) = arrays[3:7], arrays[7:]
+    sums = batch
+    if step_size is not None:
+        gamma = (share[0] or weight) * (1.0 / step_size - 1.0)
+        count, first, second, origin = running
+        sums = batch.merge(Sums(count, first, second, origin, batch.totals), gamma, covariance)
+    if not _maximized(sums, arrays[:9], covariance, reg_covar):
+        return None
+    share[0] = step_size or 1.0
+    n_updates += 1
+    n_skipped += int(batch.totals[3])
+    torch.autograd.graph.increment_version(buffers)
+    return tensor(np.array(batch.totals[0] / weight, arrays[0].dtype))
 
 
 def are_here(*tensors: Tensor) -> bool:
@@ -190,7 +212,7 @@ class _Family:
 
 def _joint_by_moments(rows: Array, parameters: Sequence[Array], covariance: Covariance) -> Array:
     family = _Family(parameters, form := covariance.whole())
-    columns = rows.T - family.origin[:, None]
+    columns = np.subtract(rows.T, family.origin[:, None], out=_empty(*rows.T.shape))
     joint = _product(family.linear, columns)
     joint += family.constant
     for quadratic in family.quadratic:
@@ -205,7 +227,8 @@ def _joint_by_moments(rows: Array, parameters: Sequence[Array], covariance: Cova
 def _joint_by_whitening(rows: Array, parameters: Sequence[Array], covariance: Covariance) -> Array:
     weights, means, factor = parameters
     origin = weights @ means
-    rows, shift = rows - origin, (origin - means)[:, None] @ factor
+    rows = np.subtract(rows, origin, out=_empty(*rows.shape, dtype=torch.float32))
+    shift = (origin - means)[:, None] @ factor
     y = torch.baddbmm(tensor(shift), tensor(rows).expand(len(means), -1, -1), tensor(factor))
     joint: Array = np.square(array(torch.linalg.vector_norm(y, dim=-1)))
     joint *= -0.5
@@ -232,51 +255,47 @@ def _exponential(joint: Array) -> Array:
     return largest
 
 
-def _merged(
-    batch: Sequence[Array], running: Sequence[Array], gamma: float, covariance: Covariance
-) -> tuple[Array, Array, Array, Array]:
-    r"""Return the sums of a batch and :math:`\gamma` times running ones, about the reference point of the batch."""
-    (n, s, ss, o), (count, first, second, origin) = batch, running
-    delta = origin - o
-    moved = first + count[:, None] * delta
-    second = second + covariance.pool(covariance.outer(moved, delta) + covariance.outer(delta, first))
-    return n + gamma * count, s + gamma * moved, ss + gamma * second, o
-
-
-def _maximize(
-    count: Array, first: Array, second: Array, origin: Array, covariance: Covariance, reg_covar: float
-) -> tuple[Array, Array, Array] | None:
-    """Return weights, means and factors that maximise the expected log-likelihood, or None."""
+def _maximized(sums: Sums, arrays: Sequence[Array], covariance: Covariance, reg_covar: float) -> bool:
+    """Write the M-step of sums into the memory of the buffers of `maximize`, or return False."""
+    count, first, second, origin, _ = sums
     total = count.sum()
     if not (count.min() > TINY and total < math.inf):
-        return None
-    shift = first / count[:, None]
-    element = second - covariance.pool(covariance.outer(first, shift))
-    element /= per_element(covariance.pool(count), element)
-    diagonal = element if element.ndim < 3 else np.einsum("kii->ki", element)
-    diagonal += reg_covar
-    factor = _factor(element)
-    if factor is None or not np.abs(factor).max() < LARGEST:
-        return None
-    if not covariance.is_positive(element, torch.float64, factor).all():
-        return None
-    return count / total, origin + shift, factor
+        return False
+    with np.errstate(all="ignore"):
+        shift = first / count[:, None]
+        element = second - covariance.pool(covariance.outer(first, shift))
+        element /= per_element(covariance.pool(count), element)
+        diagonal = element if element.ndim < 3 else np.einsum("kii->ki", element)
+        diagonal += reg_covar
+        factor = _factor(element)
+        if factor is None or not np.abs(factor).max() < LARGEST:
+            return False
+        if not covariance.is_positive(element, torch.float64, factor).all():
+            return False
+        new = (count / total, origin + shift, factor, count, first, second, origin, 1.0, 1)
+        for buffer, value in zip(arrays, new, strict=True):
+            buffer[...] = value
+    return True
 
 
 def _factor(element: Array) -> Array | None:
     """Return the factor P of the inverse of each covariance, or None."""
     if element.ndim < 3:  # variances
         return 1.0 / np.sqrt(element)
-    try:
-        lower = np.linalg.cholesky(element)
-    except np.linalg.LinAlgError:
+    lower, info = torch.linalg.cholesky_ex(tensor(element))
+    if array(info).any():
         return None
-    return array(torch.linalg.solve_triangular(tensor(lower), _identity(element.shape[-1]), upper=False).mT)
+    return array(torch.linalg.solve_triangular(lower, _identity(element.shape[-1]), upper=False).mT)
 
 
 @cache
 def _identity(n: int) -> Tensor:
-    return tensor(np.eye(n))
+    return torch.eye(n, dtype=torch.float64, device="cpu")
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float64) -> Array:
+    """Return memory that begins with a line of the cache, as MKL needs it to round alike from call to call."""
+    return array(torch.empty(shape, dtype=dtype, device="cpu"))
 
 
 def _product(a: Array, b: Array) -> Array:

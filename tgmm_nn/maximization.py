@@ -64,6 +64,11 @@ class Learned(NamedTuple):
         free[list(frozen_components)] = False
         return cls(*(free if part in update else torch.zeros_like(free) for part in PARTS))
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether anything is frozen."""
+        return any(part is not None for part in self)
+
 
 EVERYTHING = Learned()
 

@@ -89,8 +89,12 @@ class Priors(NamedTuple):
             degrees_of_freedom = _positive(
                 "degrees_of_freedom_prior", degrees_of_freedom_prior, leading, like, above=d - 1
             )
-        given = cls(concentration, mean, mean_precision, scale, degrees_of_freedom)
-        return NO_PRIORS if given == NO_PRIORS else given
+        return cls(concentration, mean, mean_precision, scale, degrees_of_freedom)
+
+    @property
+    def exist(self) -> bool:
+        """Whether there is any."""
+        return any(prior is not None for prior in self)
 
     def to(self, device: torch.device) -> Priors:
         """Return the same priors on another device, in float64 where it has that."""

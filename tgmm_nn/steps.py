@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -21,7 +21,6 @@ from tgmm_nn.fitting import Options, sum_over
 from tgmm_nn.functional import mixture_mean
 from tgmm_nn.initialization import reseed
 from tgmm_nn.maximization import EVERYTHING, Learned
-from tgmm_nn.priors import NO_PRIORS
 from tgmm_nn.state import MixtureState
 from tgmm_nn.statistics import Statistics, check_like
 from tgmm_nn.transport import sinkhorn
@@ -30,6 +29,7 @@ __all__ = ["MixtureSteps"]
 
 MARGINALS = ("uniform", "weights")
 
+# Buffers that an M-step writes, and those that count updates.
 WRITTEN = (
     "weights_",
     "means_",
@@ -39,10 +39,9 @@ WRITTEN = (
     "running_second",
     "running_origin",
     "running_step_size",
-    "n_updates",
-    "n_skipped",
     "fitted",
 )
+COUNTED = ("n_updates", "n_skipped")
 
 
 def option(name: str, check: Callable[[str, Any], None]) -> Any:
@@ -124,6 +123,9 @@ class MixtureSteps(MixtureState):
             ValueError: If they are of another covariance structure or size.
         """
         check_like(statistics, self.covariance, self.running_first)
+        found = few.Sums.of(statistics) if self._is_ordinary(learned) else None
+        if found is not None and few.maximize(found, self._buffers_of(WRITTEN), self.covariance, self.reg_covar):
+            return
         usable, current = _is_usable(statistics), self.mixture()
         with full_precision(usable.device):
             new = self._em_options(learned).maximize(statistics, current)
@@ -179,8 +181,8 @@ class MixtureSteps(MixtureState):
         checks.check_step_size(step_size)
         batch = self._expect(x, sample_weight, log_prior, assignment)
         if isinstance(batch, few.Sums):
-            alone = not (sync and is_distributed())
-            if alone and (value := self._update_few(batch, step_size, learned)) is not None:
+            alone = self._is_ordinary(learned) and not (sync and is_distributed())
+            if alone and (value := self._update_few(batch, step_size)) is not None:
                 return value
             batch = batch.statistics(self.covariance)
         return self.update(batch.over_ranks() if sync else batch, step_size, learned=learned)
@@ -212,8 +214,8 @@ class MixtureSteps(MixtureState):
         """
         checks.check_step_size(step_size)
         check_like(statistics, self.covariance, self.running_first)
-        found = few.Sums.of(statistics)
-        if found is not None and (value := self._update_few(found, step_size, learned)) is not None:
+        found = few.Sums.of(statistics) if self._is_ordinary(learned) else None
+        if found is not None and (value := self._update_few(found, step_size)) is not None:
             return value
         batch = sums = statistics
         if step_size is not None:
@@ -328,18 +330,21 @@ class MixtureSteps(MixtureState):
         gamma = (previous * (1.0 / step_size - 1.0)).sum()
         return self.running_statistics().scale(torch.where(weight > 0, gamma, 0.0))
 
-    def _update_few(self, batch: few.Sums, step_size: float | Tensor | None, learned: Learned) -> Tensor | None:
-        """Make the update of `few.update`, where nothing was asked for that it has not; or return None."""
-        kind = type(self)
-        own = kind.update is not MixtureSteps.update or kind.maximize is not MixtureSteps.maximize
-        if own or learned is not EVERYTHING or self.reg_covar_relative or self._priors is not NO_PRIORS:
-            return None
+    def _is_ordinary(self, learned: Learned) -> bool:
+        """Return whether M-steps are those of `few`, as far as options tell; a subclass may have its own."""
+        inherited = type(self).update is MixtureSteps.update and type(self).maximize is MixtureSteps.maximize
+        return inherited and not (learned.is_partial or self._priors.exist or self.reg_covar_relative)
+
+    def _update_few(self, batch: few.Sums, step_size: float | Tensor | None) -> Tensor | None:
+        """Make the update of `few.update`, or return None."""
         if isinstance(step_size, Tensor):
             step_size = step_size.item() if few.are_here(step_size) else math.nan
             if not 0.0 < step_size <= 1.0:
                 return None
-        buffers = cast("list[Tensor]", [self._buffers[name] for name in WRITTEN])
-        return few.update(batch, buffers, self.covariance, self.reg_covar, step_size)
+        return few.update(batch, self._buffers_of(WRITTEN + COUNTED), self.covariance, self.reg_covar, step_size)
+
+    def _buffers_of(self, names: Sequence[str]) -> list[Tensor]:
+        return cast("list[Tensor]", [self._buffers[name] for name in names])
 
     def _assignment(self) -> Assignment:
         return HARD if self.cem else SOFT

@@ -1,0 +1,421 @@
+"""Few rows on a CPU: by NumPy what the general forms find, and by the general forms what is not ordinary."""
+
+import copy
+import math
+
+import pytest
+import torch
+from dispatch import HostReads
+from oracles import assert_near, assert_same_buffers, copy_of_buffers, distribution, random_layer
+
+from tgmm_nn import GaussianMixture, few
+from tgmm_nn.assignment import HARD, SOFT, Assignment
+from tgmm_nn.covariance import COVARIANCES
+from tgmm_nn.maximization import Learned
+from tgmm_nn.statistics import statistics_of
+
+PARAMETERS = ("weights_", "means_", "factor_")
+SIZES = [(4, 1), (3, 2), (8, 5)]  # where components are fewer than features, full ones go by float32 in general
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Note which functions of `few` did what they were asked for."""
+    made = []
+
+    def noting(name):
+        function = getattr(few, name)
+
+        def call(*args):
+            value = function(*args)
+            if value is not None and value is not False:
+                made.append(name)
+            return value
+
+        return call
+
+    for name in ("log_density", "expectation", "maximize", "update"):
+        monkeypatch.setattr(few, name, noting(name))
+    return made
+
+
+@pytest.fixture
+def general(monkeypatch):
+    """Return a function after which the general forms are taken."""
+
+    def switch():
+        for limit in ("SCORED", "SUMMED", "ESTIMATED"):
+            monkeypatch.setattr(few, limit, 0)
+
+    return switch
+
+
+def layer_and_rows(family, generator, size=(3, 2), offset=0.0, n_rows=60):
+    """Return a random layer of float32, and rows in its region."""
+    n_components, n_features = size
+    gmm = GaussianMixture(n_components, n_features, family, reg_covar=1e-3)
+    means = offset + 2.0 * torch.randn(size, generator=generator)
+    weights = torch.rand(n_components, generator=generator) + 0.5
+    gmm.set_parameters(weights / weights.sum(), means, 2.0 * gmm.covariances_)
+    return gmm, offset + 2.0 * torch.randn(n_rows, n_features, generator=generator)
+
+
+def assert_same_mixture(one, other, tolerance=2e-6):
+    """Assert that parameters, running sums about one point, and counters are the same."""
+    for name in PARAMETERS:
+        assert_near(getattr(one, name), getattr(other, name), tolerance)
+    sums, others = one.running_statistics(), other.running_statistics()
+    point = others.origin
+    for a, b in zip(sums.about(point).sums()[:3], others.sums()[:3], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    for name in ("running_step_size", "n_updates", "n_skipped", "fitted"):
+        assert_near(getattr(one, name).double(), getattr(other, name).double())
+
+
+# ------------------------------------------------------------------------------------------------ the ordinary case
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("offset", [0.0, 1e5], ids=["near zero", "far from zero"])
+@pytest.mark.parametrize("step_size", [None, 1.0, 0.3, torch.tensor(0.3)], ids=["exact", "whole", "share", "tensor"])
+def test_steps_are_those_of_the_general_form(family, size, offset, step_size, generator, made, general):
+    gmm, x = layer_and_rows(family, generator, size, offset, n_rows=300)
+    twin = copy.deepcopy(gmm)
+    values = [gmm.em_step(x + 0.1 * t, step_size=step_size) for t in range(3)]
+    assert made == ["expectation", "update"] * 3
+    general()
+    others = [twin.em_step(x + 0.1 * t, step_size=step_size) for t in range(3)]
+    assert len(made) == 6
+    for value, other in zip(values, others, strict=True):
+        assert value.dtype == other.dtype
+        assert_near(value, other, 1e-5)
+    assert_same_mixture(gmm, twin, 1e-4 if offset else 1e-5)
+
+
+def test_a_step_is_that_in_float64(family, generator, made):
+    gmm, x = layer_and_rows(family, generator, (5, 17), n_rows=300)
+    wide = GaussianMixture(5, 17, family, reg_covar=1e-3, dtype=torch.float64)
+    wide.set_parameters(gmm.weights_, gmm.means_, gmm.covariances_.double())
+    values = gmm.em_step(x), wide.em_step(x.double())
+    assert made[:2] == ["expectation", "update"]
+    assert_near(values[0].double(), values[1], 1e-6)
+    for name in PARAMETERS:
+        assert_near(getattr(gmm, name).double(), getattr(wide, name), 2e-6)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("offset", [0.0, 1e5], ids=["near zero", "far from zero"])
+def test_densities_are_those_of_torch_in_float64(family, size, offset, generator, made):
+    gmm, x = layer_and_rows(family, generator, size, offset)
+    value = gmm(x)
+    assert made == ["log_density"]
+    assert (value.dtype, value.shape) == (torch.float32, (60,))
+    wide = [t.double() for t in (gmm.weights_, gmm.means_, gmm.covariance_matrices())]
+    expected = distribution(*wide).log_prob(x.double())
+    # The layer's covariances are read from a factor of float32.
+    torch.testing.assert_close(value.double(), expected, rtol=2e-6, atol=2e-5)
+
+
+def test_rows_far_from_all_components_have_their_density(family, generator, made, general):
+    gmm, x = layer_and_rows(family, generator)
+    x = x * torch.logspace(0, 6, 60)[:, None]
+    value = gmm(x)
+    assert made == ["log_density"]
+    general()
+    torch.testing.assert_close(value, gmm(x), rtol=1e-6, atol=1e-4)
+    assert value.isfinite().all()
+
+
+def test_sums_are_those_of_the_general_form(family, generator, made, general):
+    gmm, x = layer_and_rows(family, generator)
+    sums = gmm.statistics(x)
+    assert made == ["expectation"]
+    general()
+    others = gmm.statistics(x)
+    for a, b in zip(sums.sums(), others.about(sums.origin).sums(), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+def test_steps_of_sums_are_steps_of_rows(family, generator, made):
+    gmm, x = layer_and_rows(family, generator)
+    twin = copy.deepcopy(gmm)
+    assert_near(gmm.em_step(x, step_size=0.4), twin.update(twin.statistics(x), 0.4), 0.0)
+    assert_same_buffers(gmm, copy_of_buffers(twin))
+    gmm.em_step(x)
+    twin.maximize(twin.statistics(x))
+    assert made == ["expectation", "update"] * 3 + ["expectation", "maximize"]
+    assert_same_buffers(gmm, copy_of_buffers(twin), but=("n_updates",))
+
+
+def test_sums_stay_as_they_are_when_the_mixture_moves_on(family, generator):
+    gmm, x = layer_and_rows(family, generator)
+    sums = gmm.statistics(x)
+    before = [t.clone() for t in sums.sums()]
+    gmm.update(sums)
+    gmm.em_step(x, step_size=0.5)
+    assert all(torch.equal(a, b) for a, b in zip(sums.sums(), before, strict=True))
+
+
+def test_equal_calls_have_equal_bits(family, generator):
+    """Products of MKL round by where memory begins."""
+    gmm, x = layer_and_rows(family, generator, (10, 16), n_rows=256)
+    kept = []
+    for i in range(20):
+        kept.append(torch.zeros(7 * i + 1))  # moves what is allocated next
+        twin = copy.deepcopy(gmm)
+        twin.em_step(x, step_size=0.5)
+        found = [twin(x), *copy_of_buffers(twin).values()]
+        if i == 0:
+            first = found
+        assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(found, first, strict=True))
+
+
+def test_skipped_rows_of_given_sums_are_counted(generator, made):
+    gmm, x = layer_and_rows("diag", generator)
+    x[3] = math.nan
+    gmm.update(gmm.statistics(x))
+    assert made == ["update"]
+    assert (gmm.n_skipped, gmm.n_updates) == (1, 1)
+
+
+# ------------------------------------------------------------------------------------------ what is not ordinary
+
+ROWS = {
+    "nan": lambda x: x.index_fill(0, torch.tensor([3]), math.nan),
+    "inf": lambda x: x.index_fill(0, torch.tensor([3]), math.inf),
+    "too large to square": lambda x: x.index_fill(0, torch.tensor([3]), 3e19),
+    "none": lambda x: x[:0],
+    "fewer than components": lambda x: x[:2],
+    "one point": lambda x: x[:1].expand(60, -1),
+    "float64": lambda x: x.double(),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_other_rows_go_by_the_general_form(family, kind, generator, made, general):
+    gmm, x = layer_and_rows(family, generator)
+    twin, x = copy.deepcopy(gmm), ROWS[kind](x)
+    values = gmm.em_step(x, step_size=0.5), gmm.em_step(x), gmm(x)
+    assert "expectation" not in made or kind == "one point"
+    general()
+    others = twin.em_step(x, step_size=0.5), twin.em_step(x), twin(x)
+    for value, other in zip(values, others, strict=True):
+        assert value.dtype == other.dtype
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert_same_mixture(gmm, twin, 1e-4)
+
+
+def test_a_component_without_rows_stays(family, generator, made):
+    gmm, x = layer_and_rows(family, generator)
+    gmm.set_parameters([0.5, 0.5, 0.0], [[0.0, 0.0], [1.0, 1.0], [1e3, 1e3]], gmm.covariances_)
+    gmm.em_step(x)
+    assert made == []
+    assert (gmm.weights_[2], gmm.means_[2].tolist()) == (0.0, [1e3, 1e3])
+
+
+def test_a_density_with_a_component_of_weight_zero_has_no_part_of_it(family, generator, made):
+    gmm, x = layer_and_rows(family, generator)
+    two = GaussianMixture(2, 2, family)
+    two.set_parameters([0.5, 0.5], gmm.means_[:2], 2.0 * two.covariances_)
+    gmm.set_parameters([0.5, 0.5, 0.0], gmm.means_, gmm.covariances_)
+    assert_near(gmm(x), two(x), 1e-5)
+    assert made == ["log_density"] * 2
+
+
+def test_a_singular_covariance_is_lifted_by_the_general_form(generator, made):
+    gmm, x = layer_and_rows("full", generator)
+    gmm.reg_covar = 0.0
+    x[:, 1] = x[:, 0]
+    gmm.em_step(x)
+    assert made == ["expectation"]
+    assert gmm.factor_.isfinite().all()
+
+
+def given(**options):
+    return lambda gmm, x: gmm.em_step(x, **options)
+
+
+def with_option(name, value):
+    def step(gmm, x):
+        setattr(gmm, name, value)
+        return gmm.em_step(x)
+
+    return step
+
+
+OF_ROWS = {
+    "weights of rows": given(sample_weight=torch.linspace(0.1, 2.0, 60)),
+    "a log-prior": given(log_prior=torch.linspace(-2.0, 0.0, 180).reshape(60, 3)),
+    "hard shares": given(assignment=HARD),
+    "a temperature": given(assignment=Assignment(temperature=2.0)),
+    "classification EM": with_option("cem", True),
+    "a chunk size": with_option("chunk_size", 7),
+}
+OF_STEPS = {
+    "frozen parts": given(learned=Learned.from_options(3, ["means"])),
+    "a relative ridge": with_option("reg_covar_relative", True),
+    "a step size out of range": given(step_size=torch.tensor(1.5)),
+}
+
+
+@pytest.mark.parametrize("name", [*OF_ROWS, *OF_STEPS])
+def test_what_has_no_form_for_few_is_not_left_out(family, name, generator, made, general):
+    gmm, x = layer_and_rows(family, generator)
+    twin = copy.deepcopy(gmm)
+    step = {**OF_ROWS, **OF_STEPS}[name]
+    value = step(gmm, x)
+    assert ("expectation" in made) == (name in OF_STEPS)
+    assert "update" not in made or name in OF_ROWS
+    general()
+    torch.testing.assert_close(value, step(twin, x), rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert_same_mixture(gmm, twin, 1e-5)
+
+
+def test_soft_shares_may_be_asked_for(generator, made):
+    gmm, x = layer_and_rows("diag", generator)
+    gmm.em_step(x, assignment=SOFT)
+    assert made == ["expectation", "update"]
+
+
+PRIORS = [{"weight_concentration_prior": 3.0}, {"mean_prior": 1.0, "mean_precision_prior": 5.0}]
+
+
+@pytest.mark.parametrize("prior", PRIORS, ids=["weights", "means"])
+def test_priors_are_met(prior, generator, made, general):
+    _, x = layer_and_rows("full", generator)
+    gmm = GaussianMixture(3, 2, random_state=0, **prior).initialize(x)
+    twin = copy.deepcopy(gmm)
+    gmm.em_step(x, step_size=0.5)
+    assert made == ["expectation"]
+    general()
+    twin.em_step(x, step_size=0.5)
+    assert_same_mixture(gmm, twin, 1e-5)
+
+
+@pytest.mark.parametrize("method", ["maximize", "update"])
+def test_a_subclass_has_its_own_m_step(method, generator, made):
+    calls = []
+
+    class Own(GaussianMixture):
+        pass
+
+    def own(self, *args, **kwargs):
+        calls.append(method)
+        return getattr(super(Own, self), method)(*args, **kwargs)
+
+    setattr(Own, method, own)
+    _, x = layer_and_rows("diag", generator)
+    Own(3, 2, "diag", random_state=0).initialize(x).em_step(x)
+    assert calls == [method]
+    assert made == ["expectation"]
+
+
+# --------------------------------------------------------------------------------------- what torch has to know of
+
+
+def test_a_backward_pass_finds_out_that_the_mixture_moved(family, generator, made):
+    gmm, x = layer_and_rows(family, generator)
+    [expected] = torch.autograd.grad(gmm(x.requires_grad_()).sum(), x)
+    value = gmm(x)
+    assert made == []  # gradients are recorded by torch
+    gmm.em_step(x)
+    assert made == ["expectation", "update"]
+    try:
+        [found] = torch.autograd.grad(value.sum(), x)
+    except RuntimeError as error:
+        message = str(error)
+        assert "modified by an inplace operation" in message
+    else:  # of the parameters that it needs, copies in float64 were kept
+        assert family != "full"
+        assert torch.equal(found, expected)
+
+
+def test_every_buffer_that_changes_has_a_new_version(family, generator):
+    gmm, x = layer_and_rows(family, generator)
+    before, versions = copy_of_buffers(gmm), {name: b._version for name, b in gmm.named_buffers()}
+    places = {name: b.data_ptr() for name, b in gmm.named_buffers()}
+    gmm.em_step(x, step_size=0.5)
+    changed = {name for name, b in gmm.named_buffers() if not torch.equal(b.nan_to_num(), before[name].nan_to_num())}
+    assert {*PARAMETERS, "running_first", "n_updates", "running_step_size"} <= changed
+    assert all(b._version > versions[name] for name, b in gmm.named_buffers() if name in changed)
+    assert places == {name: b.data_ptr() for name, b in gmm.named_buffers()}
+
+
+def test_gradients_of_few_rows_are_those_of_many(family, generator):
+    gmm, x = layer_and_rows(family, generator)
+    assert torch.autograd.gradcheck(gmm, x[:3].double().requires_grad_())
+    inner = torch.func.vmap(torch.func.grad(gmm))(x)
+    [expected] = torch.autograd.grad(gmm(x.requires_grad_()).sum(), x)
+    assert_near(inner, expected, 1e-5)
+
+
+def test_a_trainable_mixture_keeps_its_gradients(family, generator, made):
+    gmm, x = layer_and_rows(family, generator)
+    trainable = gmm.to_parameters()
+    trainable(x).sum().backward()
+    assert made == []
+    assert all(p.grad.isfinite().all() for p in trainable.parameters())
+
+
+def test_a_mode_that_watches_operations_sees_them(generator, made):
+    gmm, x = layer_and_rows("full", generator)
+    with HostReads(forbidden=True):
+        gmm.em_step(x)
+        gmm(x)
+    assert made == []
+
+
+@pytest.mark.parametrize("place", ["meta", "cpu"])
+def test_tensors_that_hold_no_memory_of_numpy_go_by_torch(place, made):
+    if place == "meta":
+        gmm = GaussianMixture(3, 2, device="meta")
+        assert gmm(torch.zeros(60, 2, device="meta")).shape == (60,)
+    else:
+        gmm = GaussianMixture(1, 2, reg_covar=1.0)
+        negative = torch.complex(torch.zeros(60, 2), torch.ones(60, 2)).conj().imag
+        assert negative.is_neg()
+        assert_near(gmm(negative), gmm(-torch.ones(60, 2)), 1e-6)
+        gmm.em_step(negative)
+        assert_near(gmm.means_, -torch.ones(1, 2), 1e-6)
+    assert made in ([], ["log_density", "update"])
+
+
+@pytest.mark.parametrize(
+    "view",
+    [lambda x: x.mT.contiguous().mT, lambda x: x.repeat_interleave(2, 0)[::2], lambda x: x.reshape(5, 12, 2)],
+    ids=["columns", "every other", "leading dimensions"],
+)
+def test_rows_may_lie_in_any_order(view, generator, made):
+    gmm, x = layer_and_rows("full", generator)
+    twin = copy.deepcopy(gmm)
+    assert_near(gmm(view(x)).flatten(), gmm(x), 1e-6)
+    assert_near(gmm.em_step(view(x)), twin.em_step(x), 1e-6)
+    assert made == ["log_density"] * 2 + ["expectation", "update"] * 2
+    assert_same_mixture(gmm, twin, 1e-6)
+
+
+def test_a_layer_made_in_inference_mode_learns(family):
+    with torch.inference_mode():
+        gmm = GaussianMixture(2, 3, family, reg_covar=1e-3)
+        before = gmm.means_.clone()
+        gmm.em_step(torch.randn(30, 3))
+        assert not torch.equal(gmm.means_, before)
+
+
+def test_integers_and_lists_are_rows_too(made):
+    gmm = GaussianMixture(1, 1, reg_covar=0.0)
+    gmm.em_step([[1], [2], [3], [4]])
+    gmm.em_step(torch.tensor([[1], [2], [3], [4]], dtype=torch.int8))
+    assert made == ["expectation", "update"] * 2
+    assert_near(gmm.means_, torch.tensor([[2.5]]))
+
+
+def test_a_moment_of_a_mixture_is_no_step_of_it(family, generator):
+    """Its own expected sums leave a mixture as it is, by either M-step."""
+    gmm = random_layer(family, generator, reg_covar=0.0)
+    before = [getattr(gmm, name).clone() for name in PARAMETERS]
+    covariance = COVARIANCES[family]
+    gmm.maximize(statistics_of(gmm.weights_, gmm.means_, covariance.internal(gmm.covariances_), covariance))
+    for name, value in zip(PARAMETERS, before, strict=True):
+        assert_near(getattr(gmm, name), value, 1e-12)
