@@ -366,19 +366,20 @@ def test_a_mode_that_watches_operations_sees_them(generator, made):
     assert made == []
 
 
-@pytest.mark.parametrize("place", ["meta", "cpu"])
-def test_tensors_that_hold_no_memory_of_numpy_go_by_torch(place, made):
-    if place == "meta":
-        gmm = GaussianMixture(3, 2, device="meta")
-        assert gmm(torch.zeros(60, 2, device="meta")).shape == (60,)
-    else:
-        gmm = GaussianMixture(1, 2, reg_covar=1.0)
-        negative = torch.complex(torch.zeros(60, 2), torch.ones(60, 2)).conj().imag
-        assert negative.is_neg()
-        assert_near(gmm(negative), gmm(-torch.ones(60, 2)), 1e-6)
-        gmm.em_step(negative)
-        assert_near(gmm.means_, -torch.ones(1, 2), 1e-6)
-    assert made in ([], ["log_density", "update"])
+def test_tensors_without_memory_go_by_torch(made):
+    gmm = GaussianMixture(3, 2, device="meta")
+    assert gmm(torch.zeros(60, 2, device="meta")).shape == (60,)
+    gmm.em_step(torch.zeros(60, 2, device="meta"))
+    assert made == []
+
+
+def test_rows_whose_memory_holds_their_negatives_are_read_as_they_are():
+    gmm = GaussianMixture(1, 2, reg_covar=1.0)
+    negative = torch.complex(torch.zeros(60, 2), torch.ones(60, 2)).conj().imag
+    assert negative.is_neg()
+    assert_near(gmm(negative), gmm(-torch.ones(60, 2)), 1e-6)
+    gmm.em_step(negative)
+    assert_near(gmm.means_, -torch.ones(1, 2), 1e-6)
 
 
 @pytest.mark.parametrize(

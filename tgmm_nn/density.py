@@ -196,8 +196,10 @@ class MixtureDensity(nn.Module):
             raise TypeError(f"Expected `x` as rows, but got {type(x).__name__}; take its batches one by one.")
         x, n_features = checks.to_tensor("x", x, means.dtype), means.shape[1]
         checks.check_rows("x", x, n_features)
-        rows = x if x.ndim == 2 else x.reshape(-1, n_features)
-        return rows.to(means.device, wider_dtype(x.dtype, means.dtype)), x.shape[:-1]
+        rows, dtype = x if x.ndim == 2 else x.reshape(-1, n_features), wider_dtype(x.dtype, means.dtype)
+        if rows.dtype != dtype or rows.device != means.device:
+            rows = rows.to(means.device, dtype)
+        return rows, x.shape[:-1]
 
     def _total(self, function: Callable[..., Tensor], x: Any, sample_weight: Any) -> tuple[float, float]:
         """Return the weighted sum over finite rows of a function of rows, and the total weight of the rows."""

@@ -54,7 +54,7 @@ def log_density(x: Tensor, parameters: Parameters, covariance: Covariance) -> Te
         return None
     form = _joint_by_moments if covariance.is_narrow(x.shape[1]) else _joint_by_whitening
     with np.errstate(all="ignore"):
-        joint = form(array(x), [array(p) for p in parameters], covariance)
+        joint = form(array(x, force=True), [array(p) for p in parameters], covariance)
         largest = _exponential(joint)
         value = largest + np.log(joint.sum(0))
         return tensor(value.astype(np.float32)) if math.isfinite(value.sum()) else None
@@ -103,18 +103,19 @@ class Sums(NamedTuple):
 
 def expectation(x: Tensor, parameters: Parameters, covariance: Covariance) -> Sums | None:
     """Make the E-step of rows ``(n, d)``, with soft shares and about the mixture's mean; or None."""
-    (n, d), n_components, form = x.shape, len(parameters.means), covariance.whole()
+    (n, d), n_components, form = x.shape, len(parameters.means), covariance.of_few()
     # Of fewer rows it is likely that a component has none.
-    few = 4 * n_components <= n and n * max(n_components, form.n_monomials(d)) <= SUMMED
+    width = form.n_monomials(d)
+    few = 4 * n_components <= n and n * max(n_components, width) <= SUMMED
     if not (few and x.dtype == torch.float32 and are_here(x, *parameters)):
         return None
     with np.errstate(all="ignore"):
         family = _Family([array(p) for p in parameters], form)
-        monomials = _empty(form.n_monomials(d), n)
-        theta = _empty(n_components, len(monomials))
+        space = _empty(width * (n + n_components))
+        monomials, theta = space[: width * n].reshape(width, n), space[width * n :].reshape(n_components, width)
         np.concatenate((family.constant, family.linear, *family.quadratic), 1, out=theta)
         monomials[0], columns, products = 1.0, monomials[1 : 1 + d], monomials[1 + d :]
-        np.subtract(array(x).T, family.origin[:, None], out=columns)
+        np.subtract(array(x, force=True).T, family.origin[:, None], out=columns)
         if not form.tied:
             form.features_of_few(columns, products)
         shares = _product(theta, monomials)
@@ -125,7 +126,7 @@ def expectation(x: Tensor, parameters: Parameters, covariance: Covariance) -> Su
         count, first = sums[:, 0], sums[:, 1 : 1 + d]
         second: Array = sums[:, 1 + d :]
         classification, rest = largest.sum(), np.log(total).sum()
-        if not (math.isfinite(classification + rest) and np.abs(columns).max() < FAR and count.min() > RARE):
+        if not (math.isfinite(classification + rest) and count.min() > RARE):
             return None
         if form.tied:
             of_all = tensor(columns)
@@ -133,6 +134,9 @@ def expectation(x: Tensor, parameters: Parameters, covariance: Covariance) -> Su
             classification -= 0.5 * covariance.inner(family.precision, second, d)[0]
         else:
             second = form.unpack(second, d)
+        # Sums of squares tell how large the largest number is at most.
+        if not second.max() * first.size < FAR**2:
+            return None
         return Sums(count, first, second, family.origin, np.array([classification + rest, classification, n, 0.0]))
 
 
@@ -191,7 +195,7 @@ def are_here(*tensors: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    here = all(type(t) is Tensor and t.is_cpu and not (t.requires_grad or t.is_neg()) for t in tensors)
+    here = all(type(t) is Tensor and t.is_cpu and not t.requires_grad for t in tensors)
     return here and not torch._C._len_torch_dispatch_stack()
 
 
@@ -211,7 +215,7 @@ class _Family:
 
 
 def _joint_by_moments(rows: Array, parameters: Sequence[Array], covariance: Covariance) -> Array:
-    family = _Family(parameters, form := covariance.whole())
+    family = _Family(parameters, form := covariance.of_few())
     columns = np.subtract(rows.T, family.origin[:, None], out=_empty(*rows.T.shape))
     joint = _product(family.linear, columns)
     joint += family.constant

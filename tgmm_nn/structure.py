@@ -218,8 +218,12 @@ class Covariance(ABC):
         """Return what writes the `features` of ``x`` into ``out`` each time that it is called."""
         return lambda: out.copy_(self.features(x))
 
+    def of_few(self) -> Covariance:
+        """Return the structure that has `dual`, `unpack` and `features_of_few` for arrays of NumPy."""
+        return self
+
     def features_of_few(self, x: Any, out: Any = None) -> Any:
-        """Return `features` of an array of NumPy, also into ``out``."""
+        """Return `features` of an array, written into ``out`` where that is given."""
         return np.multiply(x, x, out=out)
 
     def n_products(self, n_features: int) -> int:
