@@ -91,6 +91,21 @@ def _steps_of_rank(layer, parts, rank):
 
 
 @FORK_IS_WANTED
+def test_ranks_of_few_and_of_fewer_rows_have_one_reference_point(family, tmp_path):
+    """Also where alone each would sum about another: 40 rows, 3, and 40 of which one is not finite."""
+    seed = torch.Generator().manual_seed(0).get_state()
+    layer = lambda: random_layer(family, torch.Generator().set_state(seed), dtype=torch.float32)  # noqa: E731
+    x = rows(torch.Generator().manual_seed(1)).float().nan_to_num()
+    broken = x.index_fill(0, torch.tensor([7]), torch.nan)
+    parts = ([x[:40], x[:40], x[:3]], [x[40:43], broken[:40], broken[:40]])
+    whole = [torch.cat(batch) for batch in zip(*parts, strict=True)]
+    ranks, alone = on_two_ranks(partial(_steps_of_rank, layer, parts), tmp_path), steps(layer, whole)
+    for name in ("values", "weights_", "means_", "factor_", "n_skipped"):
+        torch.testing.assert_close(ranks[0][name], alone[name], rtol=1e-5, atol=1e-5)
+        assert torch.equal(ranks[0][name], ranks[1][name])
+
+
+@FORK_IS_WANTED
 def test_without_sync_each_rank_goes_its_own_way(generator, tmp_path):
     layer = partial(random_layer, "diag", generator)
     x = rows(torch.Generator().manual_seed(1))

@@ -227,6 +227,7 @@ def test_three_compiled_updates_are_three_eager_ones(covariance_type, step_size,
     if blocks:
         monkeypatch.setattr("tgmm_nn.forms.WIDE", 1)
         monkeypatch.setattr("tgmm_nn.triangular.BLOCK", 1)
+        monkeypatch.setattr("tgmm_nn.few.SUMMED", 0)  # which has no blocks
     gmm = random_layer(family, generator, dtype=torch.float32)
     twin = copy.deepcopy(gmm)
     step = torch.compile(gmm.em_step, fullgraph=True, backend="aot_eager")

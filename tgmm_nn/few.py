@@ -49,8 +49,9 @@ array, tensor = Tensor.numpy, torch.from_numpy
 
 def log_density(x: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor | None:
     r"""Return :math:`\log p(x_n)` of rows ``(n, d)``, shape ``(n,)``; or None."""
-    few = 0 < len(x) * max(parameters.means.shape) <= SCORED
-    if not (few and x.dtype == torch.float32 and are_here(x, *parameters)):
+    if not (are_here(x, *parameters) and x.dtype == torch.float32):  # first of all: sizes may be symbolic
+        return None
+    if not 0 < len(x) * max(parameters.means.shape) <= SCORED:
         return None
     form = _joint_by_moments if covariance.is_narrow(x.shape[1]) else _joint_by_whitening
     with np.errstate(all="ignore"):
@@ -103,11 +104,12 @@ class Sums(NamedTuple):
 
 def expectation(x: Tensor, parameters: Parameters, covariance: Covariance) -> Sums | None:
     """Make the E-step of rows ``(n, d)``, with soft shares and about the mixture's mean; or None."""
+    if not (are_here(x, *parameters) and x.dtype == torch.float32):
+        return None
     (n, d), n_components, form = x.shape, len(parameters.means), covariance.of_few()
-    # Of fewer rows it is likely that a component has none.
     width = form.n_monomials(d)
-    few = 4 * n_components <= n and n * max(n_components, width) <= SUMMED
-    if not (few and x.dtype == torch.float32 and are_here(x, *parameters)):
+    # Of fewer rows it is likely that a component has none.
+    if not (4 * n_components <= n and n * max(n_components, width) <= SUMMED):
         return None
     with np.errstate(all="ignore"):
         family = _Family([array(p) for p in parameters], form)

@@ -181,8 +181,7 @@ class MixtureSteps(MixtureState):
         checks.check_step_size(step_size)
         batch = self._expect(x, sample_weight, log_prior, assignment)
         if isinstance(batch, few.Sums):
-            alone = self._is_ordinary(learned) and not (sync and is_distributed())
-            if alone and (value := self._update_few(batch, step_size)) is not None:
+            if self._is_ordinary(learned) and (value := self._update_few(batch, step_size)) is not None:
                 return value
             batch = batch.statistics(self.covariance)
         return self.update(batch.over_ranks() if sync else batch, step_size, learned=learned)
@@ -352,11 +351,14 @@ class MixtureSteps(MixtureState):
     def _expect(
         self, x: Any, sample_weight: Any, log_prior: Any, assignment: Assignment | None
     ) -> Statistics | few.Sums:
+        """Return the sums of rows; those of few rows as they are, since tensors of them take time."""
         if not isinstance(x, Tensor) and is_mapped(x):
             return self._sum_over(x, sample_weight, log_prior, assignment)
         rows, *of_rows = self._flat(x, sample_weight, log_prior)
         assignment, mixture = assignment or self._assignment(), self.mixture()
-        plain = assignment is SOFT and sample_weight is None and log_prior is None and self.chunk_size is None
+        plain = self.chunk_size is None and not (assignment.hard or assignment.is_tilted)
+        # Sums of ranks add up about one point, however many rows each has.
+        plain = plain and sample_weight is None and log_prior is None and not is_distributed()
         with full_precision(rows.device):
             if plain and (sums := few.expectation(rows, mixture, self.covariance)) is not None:
                 return sums
