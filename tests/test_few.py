@@ -175,42 +175,63 @@ def test_skipped_rows_of_given_sums_are_counted(generator, made):
     gmm, x = layer_and_rows("diag", generator)
     x[3] = math.nan
     gmm.update(gmm.statistics(x))
-    assert made == ["update"]
+    assert made == ["expectation", "update"]
     assert (gmm.n_skipped, gmm.n_updates) == (1, 1)
 
 
 # ------------------------------------------------------------------------------------------ what is not ordinary
 
+
+def with_row(value):
+    return lambda x: x.index_fill(0, torch.tensor([3]), value)
+
+
 ROWS = {
-    "nan": lambda x: x.index_fill(0, torch.tensor([3]), math.nan),
-    "inf": lambda x: x.index_fill(0, torch.tensor([3]), math.inf),
-    "too large to square": lambda x: x.index_fill(0, torch.tensor([3]), 3e19),
+    "nan": with_row(math.nan),
+    "inf": with_row(math.inf),
+    "too large to square": with_row(3e19),
+    "almost too large to square": with_row(1e18),
+    "of nan alone": lambda x: torch.full_like(x, math.nan),
+    "one point": lambda x: x[:1].expand(60, -1),
     "none": lambda x: x[:0],
     "fewer than components": lambda x: x[:2],
-    "one point": lambda x: x[:1].expand(60, -1),
     "float64": lambda x: x.double(),
 }
 
 
+@pytest.mark.parametrize("step_size", [None, 0.5], ids=["exact", "share"])
 @pytest.mark.parametrize("kind", ROWS)
-def test_other_rows_go_by_the_general_form(family, kind, generator, made, general):
+def test_rows_of_any_kind_do_what_they_do_in_the_general_form(family, kind, step_size, generator, made, general):
     gmm, x = layer_and_rows(family, generator)
     twin, x = copy.deepcopy(gmm), ROWS[kind](x)
-    values = gmm.em_step(x, step_size=0.5), gmm.em_step(x), gmm(x)
-    assert "expectation" not in made or kind == "one point"
+    values = gmm(x), gmm.em_step(x, step_size=step_size)
+    assert ("expectation" in made) == (kind not in ("none", "fewer than components", "float64"))
     general()
-    others = twin.em_step(x, step_size=0.5), twin.em_step(x), twin(x)
+    others = twin(x), twin.em_step(x, step_size=step_size)
     for value, other in zip(values, others, strict=True):
         assert value.dtype == other.dtype
         torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-4, equal_nan=True)
     assert_same_mixture(gmm, twin, 1e-4)
 
 
+def test_shares_that_are_none_do_not_move_a_component(family, generator, made, general):
+    gmm, x = layer_and_rows(family, generator)
+    far = torch.tensor([[0.0, 0.0], [1.0, 1.0], [30.0, 30.0]])
+    gmm.set_parameters([0.5, 0.4, 0.1], far, gmm.covariances_ / 3.0)
+    twin = copy.deepcopy(gmm)
+    gmm.em_step(x)
+    assert made == ["expectation"]
+    general()
+    twin.em_step(x)
+    assert gmm.weights_[2] == twin.weights_[2] == 0.0
+    assert_same_mixture(gmm, twin, 1e-5)
+
+
 def test_a_component_without_rows_stays(family, generator, made):
     gmm, x = layer_and_rows(family, generator)
     gmm.set_parameters([0.5, 0.5, 0.0], [[0.0, 0.0], [1.0, 1.0], [1e3, 1e3]], gmm.covariances_)
     gmm.em_step(x)
-    assert made == []
+    assert made == ["expectation"]
     assert (gmm.weights_[2], gmm.means_[2].tolist()) == (0.0, [1e3, 1e3])
 
 

@@ -4,8 +4,9 @@ A call of torch takes some microseconds and one of NumPy a tenth of that, howeve
 computes in the memory of the tensors, and torch makes the larger products, by the formulas of
 `tgmm_nn.functional.log_density`, `tgmm_nn.expectation.moment_statistics` and `tgmm_nn.maximization.maximize`.
 
-Only the ordinary case is here: few float32 rows that are finite, components that all have rows, and covariances of
-which none is singular. In any other, a function returns None before anything is changed, and the caller takes the
+Which rows are few is a matter of shapes, and the E-step of them has all that the general one has but options. Of
+densities and M-steps the ordinary case alone is here: finite rows, components that all have rows, and covariances of
+which none is nearly singular. In any other, a function says so before anything is changed, and the caller takes the
 general form, which has an answer for all of them. Values are read to tell: on a CPU there is nothing to wait for.
 """
 
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tgmm_nn.assignment import LEAST_SHARE
 from tgmm_nn.covariance import Covariance
 from tgmm_nn.functional import LOG_2PI
 from tgmm_nn.maximization import TINY
@@ -36,8 +38,11 @@ MULTIPLIED = 2**17
 # Where no feature of a centred row is larger, no squared length overflows float32.
 FAR = 1e16
 
-# A component of less weight may consist of shares that the general form takes for none.
+# A component of less weight may consist of shares that are none: see `tgmm_nn.assignment.LEAST_SHARE`.
 RARE = 1e-15
+
+# A variance over what is left of it, given features before, up to which no look at rounding is needed.
+CLEAR = 1e9
 
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -103,12 +108,12 @@ class Sums(NamedTuple):
 
 
 def expectation(x: Tensor, parameters: Parameters, covariance: Covariance) -> Sums | None:
-    """Make the E-step of rows ``(n, d)``, with soft shares and about the mixture's mean; or None."""
+    """Make the E-step of rows ``(n, d)``, with soft shares and about the mixture's mean; or None, by shape and kind."""
     if not (are_here(x, *parameters) and x.dtype == torch.float32):
         return None
     (n, d), n_components, form = x.shape, len(parameters.means), covariance.of_few()
     width = form.n_monomials(d)
-    # Of fewer rows it is likely that a component has none.
+    # Of fewer rows it is likely that a component has none, for which the M-step is the general one.
     if not (4 * n_components <= n and n * max(n_components, width) <= SUMMED):
         return None
     with np.errstate(all="ignore"):
@@ -118,28 +123,34 @@ def expectation(x: Tensor, parameters: Parameters, covariance: Covariance) -> Su
         np.concatenate((family.constant, family.linear, *family.quadratic), 1, out=theta)
         monomials[0], columns, products = 1.0, monomials[1 : 1 + d], monomials[1 + d :]
         np.subtract(array(x, force=True).T, family.origin[:, None], out=columns)
+        usable = _masked(columns)
         if not form.tied:
             form.features_of_few(columns, products)
         shares = _product(theta, monomials)
         largest = _exponential(shares)
         total = shares.sum(0)
         shares /= total
+        log_total = np.log(total)
+        if usable is not None:
+            shares, largest, log_total = shares * usable, largest * usable, log_total * usable
         sums = _product(shares, monomials.T)
+        if not sums[:, 0].min() > RARE:
+            shares *= shares > LEAST_SHARE
+            sums = _product(shares, monomials.T)
         count, first = sums[:, 0], sums[:, 1 : 1 + d]
         second: Array = sums[:, 1 + d :]
-        classification, rest = largest.sum(), np.log(total).sum()
-        if not (math.isfinite(classification + rest) and count.min() > RARE):
-            return None
+        classification = largest.sum()
+        log_likelihood = classification + log_total.sum()
         if form.tied:
             of_all = tensor(columns)
             second = array(covariance.whitened_second(of_all.mT[None], of_all.new_ones(1, n)))
-            classification -= 0.5 * covariance.inner(family.precision, second, d)[0]
+            trace = 0.5 * covariance.inner(family.precision, second, d)[0]
+            classification, log_likelihood = classification - trace, log_likelihood - trace
         else:
             second = form.unpack(second, d)
-        # Sums of squares tell how large the largest number is at most.
-        if not second.max() * first.size < FAR**2:
-            return None
-        return Sums(count, first, second, family.origin, np.array([classification + rest, classification, n, 0.0]))
+        n_usable = n if usable is None else usable.sum()
+        totals = np.array([log_likelihood, classification, n_usable, n - n_usable], np.float64)
+        return Sums(count, first, second, family.origin, totals)
 
 
 def maximize(sums: Sums, buffers: Sequence[Tensor], covariance: Covariance, reg_covar: float) -> bool:
@@ -218,7 +229,8 @@ class _Family:
 
 def _joint_by_moments(rows: Array, parameters: Sequence[Array], covariance: Covariance) -> Array:
     family = _Family(parameters, form := covariance.of_few())
-    columns = np.subtract(rows.T, family.origin[:, None], out=_empty(*rows.T.shape))
+    columns = _empty(rows.size).reshape(rows.T.shape)
+    np.subtract(rows.T, family.origin[:, None], out=columns)
     joint = _product(family.linear, columns)
     joint += family.constant
     for quadratic in family.quadratic:
@@ -233,13 +245,22 @@ def _joint_by_moments(rows: Array, parameters: Sequence[Array], covariance: Cova
 def _joint_by_whitening(rows: Array, parameters: Sequence[Array], covariance: Covariance) -> Array:
     weights, means, factor = parameters
     origin = weights @ means
-    rows = np.subtract(rows, origin, out=_empty(*rows.shape, dtype=torch.float32))
+    rows = np.subtract(rows, origin, out=_empty(rows.size, np.float32).reshape(rows.shape))
     shift = (origin - means)[:, None] @ factor
     y = torch.baddbmm(tensor(shift), tensor(rows).expand(len(means), -1, -1), tensor(factor))
     joint: Array = np.square(array(torch.linalg.vector_norm(y, dim=-1)))
     joint *= -0.5
     joint += _constant(weights, factor, rows.shape[1], covariance)[:, None]
     return _near(rows, joint)
+
+
+def _masked(columns: Array) -> Array | None:
+    """Return which columns are finite, and so are their squared lengths in float32; others become 0. None is all."""
+    if np.abs(columns).max() < FAR:
+        return None
+    usable = np.linalg.norm(columns, axis=0) < 0.99 * LARGEST**0.5
+    columns[:, ~usable] = 0.0
+    return usable
 
 
 def _near(rows: Array, joint: Array) -> Array:
@@ -276,7 +297,7 @@ def _maximized(sums: Sums, arrays: Sequence[Array], covariance: Covariance, reg_
         factor = _factor(element)
         if factor is None or not np.abs(factor).max() < LARGEST:
             return False
-        if not covariance.is_positive(element, torch.float64, factor).all():
+        if not (covariance.variances(factor) ** 2 * covariance.variances(element)).max() < CLEAR:
             return False
         new = (count / total, origin + shift, factor, count, first, second, origin, 1.0, 1)
         for buffer, value in zip(arrays, new, strict=True):
@@ -299,9 +320,12 @@ def _identity(n: int) -> Tensor:
     return torch.eye(n, dtype=torch.float64, device="cpu")
 
 
-def _empty(*shape: int, dtype: torch.dtype = torch.float64) -> Array:
-    """Return memory that begins with a line of the cache, as MKL needs it to round alike from call to call."""
-    return array(torch.empty(shape, dtype=dtype, device="cpu"))
+def _empty(size: int, dtype: type[np.floating[Any]] = np.float64) -> Array:
+    """Return memory that begins with a line of the cache: where else it did, MKL would round otherwise in each call."""
+    item = np.dtype(dtype).itemsize
+    space = np.empty(size + 64 // item, dtype)
+    start = -space.__array_interface__["data"][0] % 64 // item
+    return space[start : start + size]
 
 
 def _product(a: Array, b: Array) -> Array:

@@ -148,7 +148,7 @@ class MixtureSteps(MixtureState):
         learned: Learned = EVERYTHING,
         sync: bool = True,
     ) -> Tensor:
-        r"""Make one EM update on ``x``, without gradient and without reading a value on the host.
+        r"""Make one EM update on ``x``, without gradient, and without waiting for a device.
 
         With ``step_size`` :math:`\rho_t` the running sums become :math:`S_t = \gamma_t S_{t-1} + s(x)`,
         :math:`\gamma_t = \rho_{t-1} (1 / \rho_t - 1)`, and the M-step is taken at them: for batches of equal size ``x``
@@ -359,9 +359,9 @@ class MixtureSteps(MixtureState):
         plain = self.chunk_size is None and not (assignment.hard or assignment.is_tilted)
         # Sums of ranks add up about one point, however many rows each has.
         plain = plain and sample_weight is None and log_prior is None and not is_distributed()
+        if plain and (sums := few.expectation(rows, mixture, self.covariance)) is not None:
+            return sums
         with full_precision(rows.device):
-            if plain and (sums := few.expectation(rows, mixture, self.covariance)) is not None:
-                return sums
             how: dict[str, Any] = {"assignment": assignment, "chunk_size": self.chunk_size}
             return expectation(rows, mixture, self.covariance, *of_rows, **how)
 
