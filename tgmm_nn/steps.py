@@ -1,4 +1,4 @@
-"""`MixtureSteps`: E- and M-steps of a mixture on its buffers, without gradient and without reading a value."""
+"""`MixtureSteps`: E- and M-steps of a mixture on its buffers, without gradient and without waiting for a device."""
 
 from __future__ import annotations
 
@@ -136,7 +136,6 @@ class MixtureSteps(MixtureState):
         self.running_step_size.masked_fill_(usable, 1.0)
         self.fitted.logical_or_(usable)
 
-    @torch.no_grad()
     def em_step(
         self,
         x: Any,
@@ -155,7 +154,9 @@ class MixtureSteps(MixtureState):
         has the share :math:`\rho_t`, a shorter batch a smaller one, and priors meet sums of the effective size
         :math:`n / \rho_t`. The first batch after `fit`, `initialize` or `set_parameters` has exactly that share; after
         an exact step or `maximize` the rows of that step count as they are. In a ``torch.distributed`` world the sums
-        of all ranks are added first.
+        of all ranks are added first. Which form the E-step takes is a matter of shapes and of where the rows are:
+        `tgmm_nn.few` has that of few rows on a CPU, whose values are at hand, and `tgmm_nn.expectation` all others, in
+        which no value is read on the host.
 
         Args:
             x: Rows, shape ``(..., d)``; rows that are not finite are left out and counted in ``n_skipped``.
@@ -361,7 +362,7 @@ class MixtureSteps(MixtureState):
         plain = plain and sample_weight is None and log_prior is None and not is_distributed()
         if plain and (sums := few.expectation(rows, mixture, self.covariance)) is not None:
             return sums
-        with full_precision(rows.device):
+        with torch.no_grad(), full_precision(rows.device):
             how: dict[str, Any] = {"assignment": assignment, "chunk_size": self.chunk_size}
             return expectation(rows, mixture, self.covariance, *of_rows, **how)
 
@@ -372,7 +373,7 @@ class MixtureSteps(MixtureState):
             data.log_prior = self._flat_log_prior(log_prior, data.shape[:-1], self.means_)
         how: dict[str, Any] = {"assignment": assignment or self._assignment(), "chunk_size": self.chunk_size}
         parameters = self._snapshot()
-        with full_precision(self.means_.device):
+        with torch.no_grad(), full_precision(self.means_.device):
             [sums] = sum_over(data, [parameters], self.covariance, mixture_mean(parameters), **how)
         return sums
 
