@@ -3,10 +3,12 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from dispatch import HostReads
 from oracles import assert_near, assert_same_buffers, copy_of_buffers, distribution, random_layer
+from torch.autograd import forward_ad
 
 from tgmm_nn import GaussianMixture, few
 from tgmm_nn.assignment import HARD, SOFT, Assignment
@@ -21,14 +23,16 @@ SIZES = [(4, 1), (3, 2), (8, 5)]  # where components are fewer than features, fu
 @pytest.fixture
 def made(monkeypatch):
     """Note which functions of `few` did what they were asked for."""
-    made = []
+    made, within = [], []
 
     def noting(name):
         function = getattr(few, name)
 
         def call(*args):
+            within.append(name)
             value = function(*args)
-            if value is not None and value is not False:
+            within.pop()
+            if value is not None and value is not False and not within:
                 made.append(name)
             return value
 
@@ -171,6 +175,15 @@ def test_equal_calls_have_equal_bits(family, generator):
         assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(found, first, strict=True))
 
 
+def test_sums_in_float32_are_taken_as_well(family, generator, made):
+    gmm, x = layer_and_rows(family, generator)
+    twin, sums = copy.deepcopy(gmm), gmm.statistics(x)
+    gmm.update(sums._replace(**{name: getattr(sums, name).float() for name in ("count", "first", "second")}))
+    assert made == ["expectation"]
+    twin.update(sums)
+    assert_same_mixture(gmm, twin, 1e-5)
+
+
 def test_skipped_rows_of_given_sums_are_counted(generator, made):
     gmm, x = layer_and_rows("diag", generator)
     x[3] = math.nan
@@ -216,9 +229,12 @@ def test_rows_of_any_kind_do_what_they_do_in_the_general_form(family, kind, step
 
 def test_shares_that_are_none_do_not_move_a_component(family, generator, made, general):
     gmm, x = layer_and_rows(family, generator)
-    far = torch.tensor([[0.0, 0.0], [1.0, 1.0], [30.0, 30.0]])
+    far = torch.tensor([[0.0, 0.0], [1.0, 1.0], [9.0, 9.0]])
     gmm.set_parameters([0.5, 0.4, 0.1], far, gmm.covariances_ / 3.0)
-    twin = copy.deepcopy(gmm)
+    x, twin = 0.1 * x, copy.deepcopy(gmm)
+    assert 0.0 < gmm.log_responsibilities(x.double())[:, 2].exp().max() < 1e-35
+    assert gmm.statistics(x).count[2] == 0.0
+    made.clear()
     gmm.em_step(x)
     assert made == ["expectation"]
     general()
@@ -242,6 +258,36 @@ def test_a_density_with_a_component_of_weight_zero_has_no_part_of_it(family, gen
     gmm.set_parameters([0.5, 0.5, 0.0], gmm.means_, gmm.covariances_)
     assert_near(gmm(x), two(x), 1e-5)
     assert made == ["log_density"] * 2
+
+
+SUMS = {  # counts, and a variance or what remains of it
+    "a variance that vanishes in float32": ([0.5, 0.3, 0.2], 1e-80),
+    "a covariance of a part in 1e16": ([0.5, 0.3, 0.2], 2.3e-16),
+    "a component without rows": ([0.5, 0.5, 0.0], 1.0),
+    "a component of a weight below float32": ([0.5, 0.5, 1e-40], 1.0),
+    "no weight": ([0.0, 0.0, 0.0], 1.0),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+@pytest.mark.parametrize("method", ["maximize", "update"])
+def test_sums_that_determine_no_mixture_go_by_the_general_form(family, name, method, generator, made, general):
+    gmm, _ = layer_and_rows(family, generator)
+    gmm.reg_covar, (count, small) = 0.0, SUMS[name]
+    twin, covariance = copy.deepcopy(gmm), COVARIANCES[family]
+    element = covariance.identity(3, 2, torch.zeros(()).double()) * (small if small < 1e-20 else 1.0)
+    if small == 2.3e-16:
+        element[..., -1] = 1.0 + small
+        element[..., 0] = 1.0
+    elif covariance.shape(2) == (2, 2):
+        element = element + 0.5 * element.flip(-1)
+    sums = statistics_of(torch.tensor(count).double(), gmm.means_.double() + 1.0, element, covariance)
+    getattr(gmm, method)(sums)
+    if "covariance" not in name or family in ("full", "tied_full"):
+        assert made == []
+    general()
+    getattr(twin, method)(sums)
+    assert_same_buffers(gmm, copy_of_buffers(twin))
 
 
 def test_a_singular_covariance_is_lifted_by_the_general_form(generator, made):
@@ -315,6 +361,16 @@ def test_priors_are_met(prior, generator, made, general):
 
 
 @pytest.mark.parametrize("method", ["maximize", "update"])
+def test_a_step_that_was_put_into_a_layer_is_taken(method, generator, made, monkeypatch):
+    gmm, x = layer_and_rows("diag", generator)
+    calls, given = [], getattr(gmm, method)
+    monkeypatch.setattr(gmm, method, lambda *args, **kwargs: (calls.append(method), given(*args, **kwargs))[1])
+    gmm.em_step(x)
+    assert calls == [method]
+    assert made[0] == "expectation"
+
+
+@pytest.mark.parametrize("method", ["maximize", "update"])
 def test_a_subclass_has_its_own_m_step(method, generator, made):
     calls = []
 
@@ -371,6 +427,34 @@ def test_gradients_of_few_rows_are_those_of_many(family, generator):
     assert_near(inner, expected, 1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch's own forward derivatives
+def test_forward_derivatives_are_taken(family, generator, made):
+    gmm, x = layer_and_rows(family, generator)
+    direction = torch.randn(60, 2, generator=generator)
+    leaf = x.clone().requires_grad_()
+    [gradient] = torch.autograd.grad(gmm(leaf).sum(), leaf)
+    expected = (gradient * direction).sum(-1)
+    with torch.no_grad(), forward_ad.dual_level():
+        value = gmm(forward_ad.make_dual(x, direction))
+        assert_near(forward_ad.unpack_dual(value).tangent, expected, 1e-4)
+    assert_near(torch.func.jvp(gmm, (x,), (direction,))[1], expected, 1e-4)
+    assert made == []
+
+
+def test_a_batch_of_functions_is_one(family, generator, made):
+    gmm, x = layer_and_rows(family, generator)
+    assert_near(torch.func.vmap(gmm)(x.reshape(5, 12, 2)).flatten(), gmm(x), 1e-5)
+    assert made == ["log_density"]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_density_is_no_constant(family, generator, made):
+    gmm, x = layer_and_rows(family, generator)
+    traced = torch.jit.trace(gmm, x, check_trace=False)
+    assert_near(traced(x + 1.0), gmm(x + 1.0), 1e-5)
+    assert made == ["log_density"]
+
+
 def test_a_trainable_mixture_keeps_its_gradients(family, generator, made):
     gmm, x = layer_and_rows(family, generator)
     trainable = gmm.to_parameters()
@@ -415,6 +499,64 @@ def test_rows_may_lie_in_any_order(view, generator, made):
     assert_near(gmm.em_step(view(x)), twin.em_step(x), 1e-6)
     assert made == ["log_density"] * 2 + ["expectation", "update"] * 2
     assert_same_mixture(gmm, twin, 1e-6)
+
+
+def test_what_torch_does_not_write_into_is_not_written_into(generator, made):
+    gmm, x = layer_and_rows("diag", generator)
+    state = {**gmm.state_dict(), "means_": torch.zeros(1, 2).expand(3, 2)}
+    gmm.load_state_dict(state, assign=True)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        gmm.em_step(x)
+    with torch.inference_mode():
+        gmm = GaussianMixture(3, 2, "diag")
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+        gmm.em_step(x)
+    assert made == ["expectation"] * 2
+
+
+def test_a_likelihood_beyond_float32_is_infinite_without_a_warning(family, made):
+    gmm = GaussianMixture(3, 2, family)
+    gmm.set_parameters(torch.ones(3) / 3, torch.tensor([[0.0], [0.1], [0.2]]).expand(3, 2), 5e-7 * gmm.covariances_)
+    x = 0.1 * torch.randn(60, 2)
+    x[0] = 1e18
+    assert gmm.em_step(x) == -math.inf
+    assert made[0] == "expectation"
+
+
+@pytest.mark.parametrize("step_size", [np.float16(0.3), np.float32(0.3), np.float64(0.3)], ids=lambda v: str(v.dtype))
+def test_step_sizes_of_numpy_are_what_they_are_in_float64(step_size, generator, made):
+    gmm, x = layer_and_rows("full", generator)
+    twin = copy.deepcopy(gmm)
+    gmm.em_step(x, step_size=step_size)
+    twin.em_step(x, step_size=float(step_size))
+    assert made == ["expectation", "update"] * 2
+    assert_same_buffers(gmm, copy_of_buffers(twin))
+
+
+def test_rows_of_a_kind_of_their_own_keep_it(generator, made):
+    class Named(torch.Tensor):
+        pass
+
+    gmm, x = layer_and_rows("diag", generator)
+    assert isinstance(gmm(x.as_subclass(Named)), Named)
+    assert made == []
+
+
+@pytest.mark.parametrize("n_rows", [11, 12])
+def test_rows_are_few_from_four_a_component_on(n_rows, generator, made):
+    gmm, x = layer_and_rows("diag", generator, n_rows=n_rows)
+    gmm.em_step(x)
+    assert ("expectation" in made) == (n_rows == 12)
+
+
+def test_rows_are_few_up_to_a_number_of_what_they_become(made):
+    gmm = GaussianMixture(2, 31, "diag")
+    for n_rows in (few.SUMMED // 63, few.SUMMED // 63 + 1):
+        gmm.statistics(torch.zeros(n_rows, 31))
+    assert made == ["expectation"]
+    for n_rows in (few.SCORED // 31, few.SCORED // 31 + 1):
+        gmm(torch.zeros(n_rows, 31))
+    assert made == ["expectation", "log_density"]
 
 
 def test_a_layer_made_in_inference_mode_learns(family):

@@ -69,7 +69,7 @@ class Full(Covariance):
         if factor is None:
             remaining, exists = in_parts(self._remaining, covariance)
             return exists & self._is_clear(remaining, covariance, dtype)
-        return self._is_clear(1.0 / self.variances(factor) ** 2, covariance, dtype)
+        return self._is_clear(self.variances(factor).square().reciprocal(), covariance, dtype)
 
     def is_factor(self, factor: Tensor) -> Tensor:
         return (self.variances(factor) > 0).all(-1) & (factor.tril(-1) == 0).all(-1).all(-1)
@@ -179,7 +179,7 @@ class Full(Covariance):
         # What remains of a variance may be rounding alone, where rows lie in a plane or a feature is constant.
         numbers = torch.finfo(dtype or covariance.dtype)
         noise = 10 * covariance.shape[-1] * numbers.eps * self.variances(covariance)
-        return (remaining > noise + numbers.tiny).all(-1)
+        return (remaining > noise.clamp_(min=numbers.tiny)).all(-1)
 
     @staticmethod
     def _pairs(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ A call of torch takes some microseconds and one of NumPy a tenth of that, howeve
 computes in the memory of the tensors, and torch makes the larger products, by the formulas of
 `tgmm_nn.functional.log_density`, `tgmm_nn.expectation.moment_statistics` and `tgmm_nn.maximization.maximize`.
 
-Which rows are few is a matter of shapes, and the E-step of them has all that the general one has but options. Of
+Which rows are few is a matter of shapes, and the E-step of them leaves out rows and shares as the general one does. Of
 densities and M-steps the ordinary case alone is here: finite rows, components that all have rows, and covariances of
 which none is nearly singular. In any other, a function says so before anything is changed, and the caller takes the
 general form, which has an answer for all of them. Values are read to tell: on a CPU there is nothing to wait for.
@@ -13,13 +13,14 @@ general form, which has an answer for all of them. Values are read to tell: on a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tgmm_nn.assignment import LEAST_SHARE
 from tgmm_nn.covariance import Covariance
@@ -46,6 +47,10 @@ CLEAR = 1e9
 
 LARGEST = float(np.finfo(np.float32).max)
 
+# Buffers that an M-step writes, in the order of `_maximum`, and those that minibatch EM reads.
+RUNNING = ("running_count", "running_first", "running_second", "running_origin")
+WRITTEN = ("weights_", "means_", "factor_", *RUNNING, "running_step_size", "fitted")
+
 # Of NumPy. A structure of covariances takes them where the operators that tensors have as well are enough.
 Array = Any
 
@@ -61,6 +66,8 @@ def log_density(x: Tensor, parameters: Parameters, covariance: Covariance) -> Te
     form = _joint_by_moments if covariance.is_narrow(x.shape[1]) else _joint_by_whitening
     with np.errstate(all="ignore"):
         joint = form(array(x, force=True), [array(p) for p in parameters], covariance)
+        if joint is None:
+            return None
         largest = _exponential(joint)
         value = largest + np.log(joint.sum(0))
         return tensor(value.astype(np.float32)) if math.isfinite(value.sum()) else None
@@ -89,10 +96,12 @@ class Sums(NamedTuple):
         count, first, second, *totals, origin, _ = statistics
         if second.numel() > ESTIMATED or not are_here(count, first, second, *totals, origin):
             return None
+        if not count.dtype == first.dtype == second.dtype == torch.float64:
+            return None
         return cls(array(count), array(first), array(second), array(origin), np.array([t.item() for t in totals]))
 
     def merge(self, other: Sums, gamma: float, covariance: Covariance) -> Sums:
-        r"""Return these and :math:`\gamma` times other sums, about this one's reference point, with these totals."""
+        r"""Return these and :math:`\gamma` times other sums, about this one's reference point and with its totals."""
         delta = other.origin - self.origin
         first = other.first + other.count[:, None] * delta
         shift = covariance.outer(first, delta) + covariance.outer(delta, other.first)
@@ -126,13 +135,7 @@ def expectation(x: Tensor, parameters: Parameters, covariance: Covariance) -> Su
         usable = _masked(columns)
         if not form.tied:
             form.features_of_few(columns, products)
-        shares = _product(theta, monomials)
-        largest = _exponential(shares)
-        total = shares.sum(0)
-        shares /= total
-        log_total = np.log(total)
-        if usable is not None:
-            shares, largest, log_total = shares * usable, largest * usable, log_total * usable
+        shares, largest, log_total = _shares(_product(theta, monomials), usable)
         sums = _product(shares, monomials.T)
         if not sums[:, 0].min() > RARE:
             shares *= shares > LEAST_SHARE
@@ -153,63 +156,74 @@ def expectation(x: Tensor, parameters: Parameters, covariance: Covariance) -> Su
         return Sums(count, first, second, family.origin, totals)
 
 
-def maximize(sums: Sums, buffers: Sequence[Tensor], covariance: Covariance, reg_covar: float) -> bool:
-    """Make the M-step of `tgmm_nn.steps.MixtureSteps.maximize` and write it, or return False.
-
-    Args:
-        sums: Sums of rows.
-        buffers: Weights, means and factor; count, first and second moment of the running sums, their reference points
-            and their step size; whether the mixture is fitted.
-        covariance: Structure of the covariances.
-        reg_covar: Number added to the diagonal of each covariance.
-    """
-    if not (are_here(*buffers) and _maximized(sums, [array(b) for b in buffers], covariance, reg_covar)):
+def maximize(sums: Sums, buffers: Mapping[str, Any], covariance: Covariance, reg_covar: float) -> bool:
+    """Make the M-step of `tgmm_nn.steps.MixtureSteps.maximize` in the memory of a layer's buffers, or return False."""
+    written = [buffers[name] for name in WRITTEN]
+    if not (are_here(*written) and _can_be_written(written)):
         return False
+    with np.errstate(all="ignore"):
+        new = _maximum(sums, covariance, reg_covar)
+        if new is None:
+            return False
+        for buffer, value in zip(written, new, strict=True):
+            array(buffer)[...] = value
     # A backward pass that still needs the old values has to find out.
-    torch.autograd.graph.increment_version(buffers)
+    torch.autograd.graph.increment_version(written)
     return True
 
 
 def update(
-    batch: Sums, buffers: Sequence[Tensor], covariance: Covariance, reg_covar: float, step_size: float | None
+    batch: Sums, buffers: Mapping[str, Any], covariance: Covariance, reg_covar: float, step_size: float | None
 ) -> Tensor | None:
-    """Make the M-step of `tgmm_nn.steps.MixtureSteps.update`, write it, and return the mean log-likelihood; or None.
+    """Make the update of `tgmm_nn.steps.MixtureSteps.update` in the memory of a layer's buffers.
 
     Args:
         batch: Sums of rows.
-        buffers: Those of `maximize`, then the numbers of updates and of skipped rows.
-        covariance: See `maximize`.
-        reg_covar: See there.
+        buffers: Buffers by name.
+        covariance: Structure of the covariances.
+        reg_covar: Number added to the diagonal of each covariance.
         step_size: Share of the rows in the running sums, in (0, 1]; None is exact EM.
+
+    Returns:
+        The mean log-likelihood of the rows, or None.
     """
-    weight = batch.count.sum()
-    if not (weight > 0.0 and are_here(*buffers)):
+    weight, skipped, counters = batch.count.sum(), batch.totals[3], [buffers["n_updates"], buffers["n_skipped"]]
+    share = buffers["running_step_size"]
+    if not (weight > 0.0 and skipped >= 0.0 and are_here(share, *counters) and _can_be_written(counters)):
         return None
-    arrays = [array(buffer) for buffer in buffers]
-    running, (share, _, n_updates, n_skipped) = arrays[3:7], arrays[7:]
     sums = batch
-    if step_size is not None:
-        gamma = (share[0] or weight) * (1.0 / step_size - 1.0)
-        count, first, second, origin = running
-        sums = batch.merge(Sums(count, first, second, origin, batch.totals), gamma, covariance)
-    if not _maximized(sums, arrays[:9], covariance, reg_covar):
-        return None
-    share[0] = step_size or 1.0
-    n_updates += 1
-    n_skipped += int(batch.totals[3])
-    torch.autograd.graph.increment_version(buffers)
-    return tensor(np.array(batch.totals[0] / weight, arrays[0].dtype))
+    with np.errstate(all="ignore"):
+        if step_size is not None:
+            running = [buffers[name] for name in RUNNING]
+            if not are_here(*running):
+                return None
+            count, first, second, origin = (array(buffer) for buffer in running)
+            gamma = (array(share)[0] or weight) * (1.0 / step_size - 1.0)
+            sums = batch.merge(Sums(count, first, second, origin, batch.totals), gamma, covariance)
+        if not maximize(sums, buffers, covariance, reg_covar):
+            return None
+        array(share)[0] = step_size or 1.0
+        for counter, more in zip(counters, (1, int(skipped)), strict=True):
+            array(counter)[0] += more
+        torch.autograd.graph.increment_version(counters)
+        return tensor(np.array(batch.totals[0] / weight, array(buffers["weights_"]).dtype))
 
 
 def are_here(*tensors: Tensor) -> bool:
     """Return whether tensors are memory that NumPy can share, and nobody follows what becomes of them.
 
-    Gradients, compilers, transforms and modes that watch the operations of torch would miss those of NumPy.
+    Derivatives, compilers, tracers, transforms and modes that watch what is dispatched would miss what NumPy does.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state():
         return False
     here = all(type(t) is Tensor and t.is_cpu and not t.requires_grad for t in tensors)
-    return here and not torch._C._len_torch_dispatch_stack()
+    return here and not torch._C._len_torch_dispatch_stack() and forward_ad._current_level < 0
+
+
+def _can_be_written(buffers: Sequence[Tensor]) -> bool:
+    """Return whether torch would: not into inference tensors out of that mode, nor where a tensor overlaps itself."""
+    ours = torch.is_inference_mode_enabled()
+    return all(b.is_contiguous() and (ours or not b.is_inference()) for b in buffers)
 
 
 class _Family:
@@ -227,10 +241,12 @@ class _Family:
         self.quadratic = () if covariance.tied else (-0.5 * covariance.dual(self.precision, n_features),)
 
 
-def _joint_by_moments(rows: Array, parameters: Sequence[Array], covariance: Covariance) -> Array:
+def _joint_by_moments(rows: Array, parameters: Sequence[Array], covariance: Covariance) -> Array | None:
     family = _Family(parameters, form := covariance.of_few())
     columns = _empty(rows.size).reshape(rows.T.shape)
     np.subtract(rows.T, family.origin[:, None], out=columns)
+    if not np.abs(columns).max() < FAR:
+        return None
     joint = _product(family.linear, columns)
     joint += family.constant
     for quadratic in family.quadratic:
@@ -239,23 +255,28 @@ def _joint_by_moments(rows: Array, parameters: Sequence[Array], covariance: Cova
         factor, zero = parameters[2].astype(np.float64), np.zeros((1, len(columns)))
         y = form.whiten(tensor(columns.T), tensor(zero), tensor(factor))
         joint -= 0.5 * array(y.square().sum(-1))
-    return _near(columns, joint)
+    return joint
 
 
-def _joint_by_whitening(rows: Array, parameters: Sequence[Array], covariance: Covariance) -> Array:
+def _joint_by_whitening(rows: Array, parameters: Sequence[Array], covariance: Covariance) -> Array | None:
     weights, means, factor = parameters
     origin = weights @ means
     rows = np.subtract(rows, origin, out=_empty(rows.size, np.float32).reshape(rows.shape))
+    if not np.abs(rows).max() < FAR:
+        return None
     shift = (origin - means)[:, None] @ factor
     y = torch.baddbmm(tensor(shift), tensor(rows).expand(len(means), -1, -1), tensor(factor))
     joint: Array = np.square(array(torch.linalg.vector_norm(y, dim=-1)))
     joint *= -0.5
     joint += _constant(weights, factor, rows.shape[1], covariance)[:, None]
-    return _near(rows, joint)
+    return joint
 
 
 def _masked(columns: Array) -> Array | None:
-    """Return which columns are finite, and so are their squared lengths in float32; others become 0. None is all."""
+    """Set columns to 0 that are not finite, or whose squared length is not in float32; return which are left, or None.
+
+    None says that all are.
+    """
     if np.abs(columns).max() < FAR:
         return None
     usable = np.linalg.norm(columns, axis=0) < 0.99 * LARGEST**0.5
@@ -263,15 +284,22 @@ def _masked(columns: Array) -> Array | None:
     return usable
 
 
-def _near(rows: Array, joint: Array) -> Array:
-    """Return log-densities, nan where a centred row is far away."""
-    return joint if np.abs(rows).max() < FAR else np.full_like(joint, np.nan)
-
-
 def _constant(weights: Array, factor: Array, n_features: int, covariance: Covariance) -> Array:
     r"""Return :math:`\log \pi_k + \log |P_k| - \tfrac d2 \log 2 \pi`."""
     scales = covariance.variances(factor)
     return np.log(weights) + np.log(scales).sum(-1) * (n_features / scales.shape[-1]) - 0.5 * n_features * LOG_2PI
+
+
+def _shares(joint: Array, usable: Array | None) -> tuple[Array, Array, Array]:
+    """Return the shares of columns ``(K, n)``, their largest logarithms, and what these lack of the log-density.
+
+    Where a column is not ``usable``, all of it is zero.
+    """
+    largest = _exponential(joint)
+    total = joint.sum(0)
+    joint /= total
+    log_total = np.log(total)
+    return (joint, largest, log_total) if usable is None else (joint * usable, largest * usable, log_total * usable)
 
 
 def _exponential(joint: Array) -> Array:
@@ -282,27 +310,23 @@ def _exponential(joint: Array) -> Array:
     return largest
 
 
-def _maximized(sums: Sums, arrays: Sequence[Array], covariance: Covariance, reg_covar: float) -> bool:
-    """Write the M-step of sums into the memory of the buffers of `maximize`, or return False."""
+def _maximum(sums: Sums, covariance: Covariance, reg_covar: float) -> tuple[Any, ...] | None:
+    """Return what the M-step of sums makes of the buffers `WRITTEN`; or None."""
     count, first, second, origin, _ = sums
     total = count.sum()
     if not (count.min() > TINY and total < math.inf):
-        return False
-    with np.errstate(all="ignore"):
-        shift = first / count[:, None]
-        element = second - covariance.pool(covariance.outer(first, shift))
-        element /= per_element(covariance.pool(count), element)
-        diagonal = element if element.ndim < 3 else np.einsum("kii->ki", element)
-        diagonal += reg_covar
-        factor = _factor(element)
-        if factor is None or not np.abs(factor).max() < LARGEST:
-            return False
-        if not (covariance.variances(factor) ** 2 * covariance.variances(element)).max() < CLEAR:
-            return False
-        new = (count / total, origin + shift, factor, count, first, second, origin, 1.0, 1)
-        for buffer, value in zip(arrays, new, strict=True):
-            buffer[...] = value
-    return True
+        return None
+    shift = first / count[:, None]
+    element = second - covariance.pool(covariance.outer(first, shift))
+    element /= per_element(covariance.pool(count), element)
+    diagonal = element if element.ndim < 3 else np.einsum("kii->ki", element)
+    diagonal += reg_covar
+    factor = _factor(element)
+    if factor is None or not np.abs(factor).max() < LARGEST:
+        return None
+    if not (covariance.variances(factor) ** 2 * covariance.variances(element)).max() < CLEAR:
+        return None
+    return count / total, origin + shift, factor, count, first, second, origin, 1.0, 1
 
 
 def _factor(element: Array) -> Array | None:

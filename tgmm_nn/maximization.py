@@ -67,7 +67,7 @@ class Learned(NamedTuple):
     @property
     def is_partial(self) -> bool:
         """Whether anything is frozen."""
-        return self is not EVERYTHING and any(part is not None for part in self)
+        return any(part is not None for part in self)
 
 
 EVERYTHING = Learned()

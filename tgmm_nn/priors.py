@@ -89,13 +89,12 @@ class Priors(NamedTuple):
             degrees_of_freedom = _positive(
                 "degrees_of_freedom_prior", degrees_of_freedom_prior, leading, like, above=d - 1
             )
-        given = cls(concentration, mean, mean_precision, scale, degrees_of_freedom)
-        return given if given.exist else NO_PRIORS
+        return cls(concentration, mean, mean_precision, scale, degrees_of_freedom)
 
     @property
     def exist(self) -> bool:
         """Whether there is any."""
-        return self is not NO_PRIORS and any(prior is not None for prior in self)
+        return any(prior is not None for prior in self)
 
     def to(self, device: torch.device) -> Priors:
         """Return the same priors on another device, in float64 where it has that."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,20 +27,6 @@ from tgmm_nn.transport import sinkhorn
 __all__ = ["MixtureSteps"]
 
 MARGINALS = ("uniform", "weights")
-
-# Buffers that an M-step writes, and those that count updates.
-WRITTEN = (
-    "weights_",
-    "means_",
-    "factor_",
-    "running_count",
-    "running_first",
-    "running_second",
-    "running_origin",
-    "running_step_size",
-    "fitted",
-)
-COUNTED = ("n_updates", "n_skipped")
 
 
 def option(name: str, check: Callable[[str, Any], None]) -> Any:
@@ -124,8 +109,10 @@ class MixtureSteps(MixtureState):
         """
         check_like(statistics, self.covariance, self.running_first)
         found = few.Sums.of(statistics) if self._is_ordinary(learned) else None
-        if found is not None and few.maximize(found, self._buffers_of(WRITTEN), self.covariance, self.reg_covar):
-            return
+        if found is None or not few.maximize(found, self._buffers, self.covariance, self.reg_covar):
+            self._maximize_by_torch(statistics, learned)
+
+    def _maximize_by_torch(self, statistics: Statistics, learned: Learned) -> None:
         usable, current = _is_usable(statistics), self.mixture()
         with full_precision(usable.device):
             new = self._em_options(learned).maximize(statistics, current)
@@ -161,8 +148,8 @@ class MixtureSteps(MixtureState):
         Args:
             x: Rows, shape ``(..., d)``; rows that are not finite are left out and counted in ``n_skipped``.
             sample_weight: Non-negative weight of each row, shape ``(...)``.
-            step_size: Share of ``x`` in the running sums, in (0, 1]; None is exact EM on ``x``. A tensor is not read on
-                the host: out of range it counts as a batch without a usable row.
+            step_size: Share of ``x`` in the running sums, in (0, 1]; None is exact EM on ``x``. A tensor that is out of
+                range does not raise, since it may be on a device: it counts as a batch without a usable row.
             log_prior: Log-prior of each row over components, shape ``(..., K)``; see `statistics`.
             assignment: How a row is shared among components; see `statistics`.
             learned: What may move; the rest is frozen.
@@ -182,9 +169,12 @@ class MixtureSteps(MixtureState):
         checks.check_step_size(step_size)
         batch = self._expect(x, sample_weight, log_prior, assignment)
         if isinstance(batch, few.Sums):
-            if self._is_ordinary(learned) and (value := self._update_few(batch, step_size)) is not None:
+            ordinary = self._is_ordinary(learned)
+            if ordinary and (value := self._update_few(batch, step_size)) is not None:
                 return value
             batch = batch.statistics(self.covariance)
+            if ordinary:
+                return self._update_by_torch(batch, step_size, learned)
         return self.update(batch.over_ranks() if sync else batch, step_size, learned=learned)
 
     @torch.no_grad()
@@ -215,8 +205,10 @@ class MixtureSteps(MixtureState):
         checks.check_step_size(step_size)
         check_like(statistics, self.covariance, self.running_first)
         found = few.Sums.of(statistics) if self._is_ordinary(learned) else None
-        if found is not None and (value := self._update_few(found, step_size)) is not None:
-            return value
+        value = None if found is None else self._update_few(found, step_size)
+        return self._update_by_torch(statistics, step_size, learned) if value is None else value
+
+    def _update_by_torch(self, statistics: Statistics, step_size: float | Tensor | None, learned: Learned) -> Tensor:
         batch = sums = statistics
         if step_size is not None:
             # In the dtype of the sums: a share of 0.3 in float32 is off by 1e-8, and the next step multiplies by it.
@@ -226,8 +218,10 @@ class MixtureSteps(MixtureState):
             sums = batch.merge(self._decayed(rho, batch.weight()))
             before = self.running_step_size.clone()
         usable = _is_usable(sums)
-        # A subclass may have its own M-step, of sums alone.
-        self.maximize(sums, *(() if learned is EVERYTHING else (learned,)))
+        if self._has_own_steps():
+            self.maximize(sums, *(() if learned is EVERYTHING else (learned,)))  # perhaps of sums alone
+        else:
+            self._maximize_by_torch(sums, learned)
         if step_size is not None:
             torch.where(usable, rho, before, out=self.running_step_size)
         self.n_updates.add_(usable)
@@ -330,21 +324,24 @@ class MixtureSteps(MixtureState):
         gamma = (previous * (1.0 / step_size - 1.0)).sum()
         return self.running_statistics().scale(torch.where(weight > 0, gamma, 0.0))
 
+    def _has_own_steps(self) -> bool:
+        """Return whether a subclass, or somebody on this layer, has put another `update` or `maximize` in place."""
+        steps = (MixtureSteps.update, MixtureSteps.maximize)
+        return (getattr(self.update, "__func__", None), getattr(self.maximize, "__func__", None)) != steps
+
     def _is_ordinary(self, learned: Learned) -> bool:
-        """Return whether M-steps are those of `few`, as far as options tell; a subclass may have its own."""
-        inherited = type(self).update is MixtureSteps.update and type(self).maximize is MixtureSteps.maximize
-        return inherited and not (learned.is_partial or self._priors.exist or self.reg_covar_relative)
+        """Return whether M-steps are those of `few`, as far as options tell."""
+        special = learned.is_partial or self._priors.exist or self.reg_covar_relative
+        return not (special or self._has_own_steps())
 
     def _update_few(self, batch: few.Sums, step_size: float | Tensor | None) -> Tensor | None:
         """Make the update of `few.update`, or return None."""
-        if isinstance(step_size, Tensor):
-            step_size = step_size.item() if few.are_here(step_size) else math.nan
-            if not 0.0 < step_size <= 1.0:
-                return None
-        return few.update(batch, self._buffers_of(WRITTEN + COUNTED), self.covariance, self.reg_covar, step_size)
-
-    def _buffers_of(self, names: Sequence[str]) -> list[Tensor]:
-        return cast("list[Tensor]", [self._buffers[name] for name in names])
+        if isinstance(step_size, Tensor) and not few.are_here(step_size):
+            return None
+        step_size = None if step_size is None else float(step_size)  # those of NumPy may be narrow
+        if step_size is not None and not 0.0 < step_size <= 1.0:
+            return None
+        return few.update(batch, self._buffers, self.covariance, self.reg_covar, step_size)
 
     def _assignment(self) -> Assignment:
         return HARD if self.cem else SOFT
