@@ -159,17 +159,7 @@ def expectation(x: Tensor, parameters: Parameters, covariance: Covariance) -> Su
 def maximize(sums: Sums, buffers: Mapping[str, Any], covariance: Covariance, reg_covar: float) -> bool:
     """Make the M-step of `tgmm_nn.steps.MixtureSteps.maximize` in the memory of a layer's buffers, or return False."""
     written = [buffers[name] for name in WRITTEN]
-    if not (are_here(*written) and _can_be_written(written)):
-        return False
-    with np.errstate(all="ignore"):
-        new = _maximum(sums, covariance, reg_covar)
-        if new is None:
-            return False
-        for buffer, value in zip(written, new, strict=True):
-            array(buffer)[...] = value
-    # A backward pass that still needs the old values has to find out.
-    torch.autograd.graph.increment_version(written)
-    return True
+    return _are_writable(written) and _write(sums, written, covariance, reg_covar)
 
 
 def update(
@@ -187,22 +177,19 @@ def update(
     Returns:
         The mean log-likelihood of the rows, or None.
     """
-    weight, skipped, counters = batch.count.sum(), batch.totals[3], [buffers["n_updates"], buffers["n_skipped"]]
-    share = buffers["running_step_size"]
-    if not (weight > 0.0 and skipped >= 0.0 and are_here(share, *counters) and _can_be_written(counters)):
+    written, counters = [buffers[name] for name in WRITTEN], [buffers["n_updates"], buffers["n_skipped"]]
+    weight, skipped = batch.count.sum(), batch.totals[3]
+    if not (weight > 0.0 and skipped >= 0.0 and _are_writable([*written, *counters])):
         return None
-    sums = batch
+    sums, share = batch, array(buffers["running_step_size"])
     with np.errstate(all="ignore"):
         if step_size is not None:
-            running = [buffers[name] for name in RUNNING]
-            if not are_here(*running):
-                return None
-            count, first, second, origin = (array(buffer) for buffer in running)
-            gamma = (array(share)[0] or weight) * (1.0 / step_size - 1.0)
+            gamma = (share[0] or weight) * (1.0 / step_size - 1.0)
+            count, first, second, origin = (array(buffers[name]) for name in RUNNING)
             sums = batch.merge(Sums(count, first, second, origin, batch.totals), gamma, covariance)
-        if not maximize(sums, buffers, covariance, reg_covar):
+        if not _write(sums, written, covariance, reg_covar):
             return None
-        array(share)[0] = step_size or 1.0
+        share[0] = step_size or 1.0
         for counter, more in zip(counters, (1, int(skipped)), strict=True):
             array(counter)[0] += more
         torch.autograd.graph.increment_version(counters)
@@ -220,10 +207,13 @@ def are_here(*tensors: Tensor) -> bool:
     return here and not torch._C._len_torch_dispatch_stack() and forward_ad._current_level < 0
 
 
-def _can_be_written(buffers: Sequence[Tensor]) -> bool:
-    """Return whether torch would: not into inference tensors out of that mode, nor where a tensor overlaps itself."""
+def _are_writable(buffers: Sequence[Tensor]) -> bool:
+    """Return whether buffers `are_here`, and torch would write into them.
+
+    It does not into inference tensors out of that mode, nor where a tensor overlaps itself.
+    """
     ours = torch.is_inference_mode_enabled()
-    return all(b.is_contiguous() and (ours or not b.is_inference()) for b in buffers)
+    return are_here(*buffers) and all(b.is_contiguous() and (ours or not b.is_inference()) for b in buffers)
 
 
 class _Family:
@@ -308,6 +298,19 @@ def _exponential(joint: Array) -> Array:
     joint -= largest
     np.exp(joint, out=joint)
     return largest
+
+
+def _write(sums: Sums, written: Sequence[Tensor], covariance: Covariance, reg_covar: float) -> bool:
+    """Write the M-step of sums into the buffers `WRITTEN`, or return False."""
+    with np.errstate(all="ignore"):
+        new = _maximum(sums, covariance, reg_covar)
+        if new is None:
+            return False
+        for buffer, value in zip(written, new, strict=True):
+            array(buffer)[...] = value
+    # A backward pass that still needs the old values has to find out.
+    torch.autograd.graph.increment_version(written)
+    return True
 
 
 def _maximum(sums: Sums, covariance: Covariance, reg_covar: float) -> tuple[Any, ...] | None:
