@@ -212,14 +212,12 @@ class Whole(Full):
 class Packed(Full):
     """Full matrices in arrays of NumPy, which indexes and multiplies small ones in less time than torch."""
 
-    def features_of_few(self, x: Any, out: Any = None) -> Any:
-        out = np.empty((self.n_products(len(x)), x.shape[1])) if out is None else out
+    def features_of_few(self, x: Any, out: Any) -> None:
         start = 0
         for i, row in enumerate(x):
             stop = start + len(x) - i
             np.multiply(x[i:], row, out=out[start:stop])
             start = stop
-        return out
 
     def dual(self, matrix: Any, n_features: int) -> Any:
         upper, _, times = _indices(n_features)
@@ -381,8 +379,8 @@ class Spherical(Uncorrelated):
     def features(self, x: Tensor) -> Tensor:
         return x.square().mean(0, keepdim=True)
 
-    def features_of_few(self, x: Any, out: Any = None) -> Any:
-        return np.square(x).mean(0, keepdims=True, out=out)
+    def features_of_few(self, x: Any, out: Any) -> None:
+        np.square(x).mean(0, keepdims=True, out=out)
 
     def dual(self, matrix: Tensor, n_features: int) -> Tensor:
         return n_features * matrix[..., None]

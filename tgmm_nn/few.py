@@ -121,17 +121,12 @@ def expectation(x: Tensor, parameters: Parameters, covariance: Covariance) -> Su
     if not (are_here(x, *parameters) and x.dtype == torch.float32):
         return None
     (n, d), n_components, form = x.shape, len(parameters.means), covariance.of_few()
-    width = form.n_monomials(d)
     # Of fewer rows it is likely that a component has none, for which the M-step is the general one.
-    if not (4 * n_components <= n and n * max(n_components, width) <= SUMMED):
+    if not (4 * n_components <= n and n * max(n_components, form.n_monomials(d)) <= SUMMED):
         return None
     with np.errstate(all="ignore"):
-        family = _Family([array(p) for p in parameters], form)
-        space = _empty(width * (n + n_components))
-        monomials, theta = space[: width * n].reshape(width, n), space[width * n :].reshape(n_components, width)
-        np.concatenate((family.constant, family.linear, *family.quadratic), 1, out=theta)
-        monomials[0], columns, products = 1.0, monomials[1 : 1 + d], monomials[1 + d :]
-        np.subtract(array(x, force=True).T, family.origin[:, None], out=columns)
+        family, theta, monomials = _natural(array(x, force=True), [array(p) for p in parameters], form)
+        columns, products = monomials[1 : 1 + d], monomials[1 + d :]
         usable = _masked(columns)
         if not form.tied:
             form.features_of_few(columns, products)
@@ -231,21 +226,34 @@ class _Family:
         self.quadratic = () if covariance.tied else (-0.5 * covariance.dual(self.precision, n_features),)
 
 
+def _natural(rows: Array, parameters: Sequence[Array], form: Covariance) -> tuple[_Family, Array, Array]:
+    """Return a mixture, what makes a product with ``[1; x; [x xᵀ]]`` of rows the joint, and memory for these.
+
+    The ones and the rows about the mean are there already, the products of features are not.
+    """
+    family, (n, d) = _Family(parameters, form), rows.shape
+    width = form.n_monomials(d)
+    space = _empty(width * (n + len(family.linear)))
+    monomials, theta = space[: width * n].reshape(width, n), space[width * n :].reshape(-1, width)
+    np.concatenate((family.constant, family.linear, *family.quadratic), 1, out=theta)
+    monomials[0] = 1.0
+    np.subtract(rows.T, family.origin[:, None], out=monomials[1 : 1 + d])
+    return family, theta, monomials
+
+
 def _joint_by_moments(rows: Array, parameters: Sequence[Array], covariance: Covariance) -> Array | None:
-    family = _Family(parameters, form := covariance.of_few())
-    columns = _empty(rows.size).reshape(rows.T.shape)
-    np.subtract(rows.T, family.origin[:, None], out=columns)
+    d, form = rows.shape[1], covariance.of_few()
+    _, theta, monomials = _natural(rows, parameters, form)
+    columns, products = monomials[1 : 1 + d], monomials[1 + d :]
     if not np.abs(columns).max() < FAR:
         return None
-    joint = _product(family.linear, columns)
-    joint += family.constant
-    for quadratic in family.quadratic:
-        joint += _product(quadratic, form.features_of_few(columns))
-    if form.tied:  # the term that all components share needs no product with each
-        factor, zero = parameters[2].astype(np.float64), np.zeros((1, len(columns)))
-        y = form.whiten(tensor(columns.T), tensor(zero), tensor(factor))
-        joint -= 0.5 * array(y.square().sum(-1))
-    return joint
+    if not form.tied:
+        form.features_of_few(columns, products)
+        return _product(theta, monomials)
+    # The term that all components share needs no product with each.
+    factor, zero = parameters[2].astype(np.float64), np.zeros((1, d))
+    y = form.whiten(tensor(columns.T), tensor(zero), tensor(factor))
+    return _product(theta, monomials) - 0.5 * array(y.square().sum(-1))
 
 
 def _joint_by_whitening(rows: Array, parameters: Sequence[Array], covariance: Covariance) -> Array | None:
@@ -289,7 +297,10 @@ def _shares(joint: Array, usable: Array | None) -> tuple[Array, Array, Array]:
     total = joint.sum(0)
     joint /= total
     log_total = np.log(total)
-    return (joint, largest, log_total) if usable is None else (joint * usable, largest * usable, log_total * usable)
+    if usable is not None:
+        for values in (joint, largest, log_total):
+            np.multiply(values, usable, out=values)
+    return joint, largest, log_total
 
 
 def _exponential(joint: Array) -> Array:

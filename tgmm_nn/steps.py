@@ -95,7 +95,6 @@ class MixtureSteps(MixtureState):
             raise ValueError("Expected `log_prior` only with rows, but got it with a stream, whose order is not known.")
         return self._sum_over(x, sample_weight, None, assignment)
 
-    @torch.no_grad()
     def maximize(self, statistics: Statistics, learned: Learned = EVERYTHING) -> None:
         """Set the parameters to the maximisers given the sums (the M-step), and keep the sums as the running ones.
 
@@ -112,6 +111,7 @@ class MixtureSteps(MixtureState):
         if found is None or not few.maximize(found, self._buffers, self.covariance, self.reg_covar):
             self._maximize_by_torch(statistics, learned)
 
+    @torch.no_grad()
     def _maximize_by_torch(self, statistics: Statistics, learned: Learned) -> None:
         usable, current = _is_usable(statistics), self.mixture()
         with full_precision(usable.device):
@@ -177,7 +177,6 @@ class MixtureSteps(MixtureState):
                 return self._update_by_torch(batch, step_size, learned)
         return self.update(batch.over_ranks() if sync else batch, step_size, learned=learned)
 
-    @torch.no_grad()
     def update(
         self, statistics: Statistics, step_size: float | Tensor | None = None, *, learned: Learned = EVERYTHING
     ) -> Tensor:
@@ -208,6 +207,7 @@ class MixtureSteps(MixtureState):
         value = None if found is None else self._update_few(found, step_size)
         return self._update_by_torch(statistics, step_size, learned) if value is None else value
 
+    @torch.no_grad()
     def _update_by_torch(self, statistics: Statistics, step_size: float | Tensor | None, learned: Learned) -> Tensor:
         batch = sums = statistics
         if step_size is not None:

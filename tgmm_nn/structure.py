@@ -222,9 +222,9 @@ class Covariance(ABC):
         """Return the structure that has `dual`, `unpack` and `features_of_few` for arrays of NumPy."""
         return self
 
-    def features_of_few(self, x: Any, out: Any = None) -> Any:
-        """Return `features` of an array, written into ``out`` where that is given."""
-        return np.multiply(x, x, out=out)
+    def features_of_few(self, x: Any, out: Any) -> None:
+        """Write the `features` of an array into another."""
+        np.multiply(x, x, out=out)
 
     def n_products(self, n_features: int) -> int:
         """Return the number F of `features`."""
