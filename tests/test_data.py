@@ -12,7 +12,7 @@ from oracles import assert_near, assert_same_buffers, copy_of_buffers, random_la
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
 from tgmm_nn import GaussianMixture, data, learning
-from tgmm_nn.data import BATCH, Rows
+from tgmm_nn.data import BATCH, Rows, gathered
 from tgmm_nn.survey import Candidates, look
 
 PARAMETERS = ("weights_", "means_", "covariances_")
@@ -25,6 +25,12 @@ def x(generator):
     z[:40] += torch.tensor([4.0, 0.0])
     z[40:80] *= torch.tensor([0.5, 2.0])
     return torch.cat([z, z[:20]])
+
+
+@pytest.fixture(autouse=True)
+def _several_groups(monkeypatch):
+    """Batches of few rows are put together, but not all rows of these tests."""
+    monkeypatch.setattr(data, "GATHERED", 60)
 
 
 @pytest.fixture
@@ -233,6 +239,48 @@ def test_a_loader_gives_the_fit_of_its_rows_in_memory_in_float32_too(family, off
     assert one.lower_bound_ == pytest.approx(other.lower_bound_, abs=1e-4)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_small_batches_are_put_together_in_their_order_as_far_as_they_are_of_one_kind(weighted, generator):
+    sizes = [5, 25, 0, 31, 40, 1, 7, 12]  # of two features each: 60 numbers are 30 rows
+    kinds = [torch.float32] * 6 + [torch.int64] * 2
+    rows = [(9 * torch.randn(n, 2, generator=generator)).to(kind) for n, kind in zip(sizes, kinds, strict=True)]
+    weights = [torch.rand(n, generator=generator) if weighted else None for n in sizes]
+    groups = list(gathered(zip(rows, weights, strict=True)))
+    assert [len(r) for r, _ in groups] == [30, 31, 40, 1, 19]
+    assert groups[2][0] is rows[4]  # what is large enough is not copied
+    whole, found = (torch.cat([r.double() for r in some]) for some in (rows, [r for r, _ in groups]))
+    assert torch.equal(found, whole)
+    if weighted:
+        assert torch.equal(torch.cat([w for _, w in groups]), torch.cat(weights))
+    else:
+        assert [w for _, w in groups] == [None] * 5
+
+
+def test_a_group_is_given_before_the_batch_after_it_is_read():
+    def parts():
+        for number in range(4):
+            read.append(number)
+            yield torch.zeros(15, 2), None
+
+    read = []
+    for place, (rows, _) in enumerate(gathered(parts())):
+        assert len(rows) == 30
+        assert read == list(range(2 * place + 2))
+
+
+def test_batches_of_any_dtypes_in_turn_are_a_fit_of_all_their_rows(layer, x):
+    kinds = (torch.float32, torch.float64, torch.int32)
+    batches = [rows.round().to(kinds[i % 3]) for i, rows in enumerate(x.split(9))]
+    one, other = layer().fit({i: rows for i, rows in enumerate(batches)}.values()), layer().fit(x.round())
+    assert_near(parameters_of(one), parameters_of(other), 1e-11)
+
+
+def test_integers_that_float32_rounds_are_refused_wherever_in_a_stream_they_are():
+    batches = [torch.randn(5, 2), torch.full((5, 2), 2**24 + 3), torch.randn(5, 2)]
+    with pytest.raises(ValueError, match=r"`x`, which holds torch.int64, to be at most 2\*\*24 in size"):
+        GaussianMixture(3, 2).fit({i: rows for i, rows in enumerate(batches)}.values())
+
+
 @pytest.mark.parametrize("change", ["a nan", "a row less"])
 def test_a_stream_that_changes_between_passes_is_an_error(change, x, generator):
     class Changing:
@@ -316,7 +364,7 @@ def test_random_augmentation_is_the_same_in_each_pass():
         (
             lambda x: DataLoader(TensorDataset(x * torch.nan), 8),
             ValueError,
-            "`x` to be finite, but 8 of 8 rows hold nan",
+            "`x` to be finite, but 32 of 32 rows hold nan",
         ),
         (lambda x: DataLoader(TensorDataset(x * 1e200), 8), ValueError, "`x` small enough that its squares add up in"),
         (lambda x: {}.values(), ValueError, "`x` with at least n_components=3 rows, but got 0"),
@@ -433,6 +481,7 @@ def test_a_start_on_many_rows_is_a_start_on_a_sample(generator):
 
 def test_many_small_batches_take_no_longer_than_few_large_ones(generator, monkeypatch):
     """The sample is not made anew for each batch."""
+    monkeypatch.setattr(data, "GATHERED", 1)
     calls = []
     smallest = Candidates.smallest
     monkeypatch.setattr(Candidates, "smallest", lambda self, size: calls.append(len(self.rows)) or smallest(self, size))

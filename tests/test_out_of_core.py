@@ -2,6 +2,7 @@
 
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -26,6 +27,12 @@ def readers():
 def _no_thread_stays():
     yield
     assert not readers()
+
+
+@pytest.fixture(autouse=True)
+def _as_they_come(monkeypatch):
+    """Batches of few rows are not put together, except where a test asks for that."""
+    monkeypatch.setattr(data, "GATHERED", 1)
 
 
 @pytest.fixture
@@ -83,6 +90,30 @@ def test_a_fit_reads_the_next_batch_while_it_computes_with_the_last(x, monkeypat
     assert all(overlapped)
 
 
+def test_small_batches_are_put_together_while_the_last_group_is_computed_with(x, monkeypatch):
+    """The thread that reads does so: as long as an E-step takes it fills the next group, and no further one."""
+    monkeypatch.setattr(data, "GATHERED", 80)
+    full, passes = threading.Event(), []
+
+    class Stream:
+        def __iter__(self):
+            full.clear()
+            for number, rows in enumerate(x.split(10)):
+                if number == 7:
+                    full.set()  # four to a group: the second is there
+                yield rows
+
+    expectations = fitting.expectations
+
+    def slow(rows, *args, **how):
+        passes.append((len(rows), full.wait(SECONDS)))
+        return expectations(rows, *args, **how)
+
+    monkeypatch.setattr(fitting, "expectations", slow)
+    gmm = GaussianMixture(3, 2, random_state=0).fit(Stream())
+    assert passes == [(40, True)] * 3 * (gmm.n_iter_ + 1)
+
+
 def test_a_loader_with_workers_needs_no_thread(x, monkeypatch):
     names = []
     checked = data.checked
@@ -112,6 +143,25 @@ def test_an_error_of_a_stream_comes_out_as_it_is_where_its_batch_would_have(erro
     assert caught.value is error
     assert seen == [0, 1]
     assert not readers()
+
+
+def test_the_thread_computes_with_one_thread_and_leaves_the_number_of_others():
+    """Else its operations would start threads that those of the caller wait for."""
+
+    def stream():
+        yield torch.get_num_threads()
+
+    def elsewhere():
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(torch.get_num_threads).result()
+
+    before, number = torch.get_num_threads(), 3
+    try:
+        torch.set_num_threads(number)
+        assert list(read_ahead(stream())) == [1]
+        assert (torch.get_num_threads(), elsewhere()) == (number, number)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("stream", [3, None], ids=repr)

@@ -20,6 +20,10 @@ __all__ = ["Rows", "checked", "is_mapped", "is_stream", "pieces", "read_ahead", 
 # Numbers that are looked at and widened at once where all rows lie in memory, or in a mapped file.
 BATCH = 2**22
 
+# Numbers up to which batches of a stream are put together: an E-step of few rows takes as long as one of many.
+GATHERED = 2**20
+
+Part = tuple[Tensor, Tensor | None]
 Batch = tuple[Tensor, Tensor | None, Tensor | None]
 T = TypeVar("T")
 
@@ -154,13 +158,18 @@ class Rows:
             yield self._widened(checks.to_tensor("x", self.x[part], self.like.dtype)), weight, log_prior
 
     def _streamed(self) -> Generator[Batch, None, None]:
-        with closing(_batches_of(self.x)) as batches:
-            for batch in batches:
-                rows, weight = self._of_batch(batch)
-                yield self._widened(rows.reshape(-1, self.n_features)), weight, None
+        parts = gathered(self._parts())
+        # A loader with workers reads ahead itself.
+        with closing(parts if getattr(self.x, "num_workers", 0) else read_ahead(parts)) as ahead:
+            for rows, weight in ahead:
+                yield self._widened(rows), weight, None
 
-    def _of_batch(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        """Return the rows of a stream's batch, and their weights."""
+    def _parts(self) -> Generator[Part, None, None]:
+        for batch in self.x:  # its iterator is made where its batches are read
+            yield self._of_batch(batch)
+
+    def _of_batch(self, batch: Any) -> Part:
+        """Return the rows ``(n, d)`` of a stream's batch, and their weights."""
         several = isinstance(batch, (tuple, list))
         if not (several and len(batch)) and not isinstance(batch, Tensor) and not hasattr(batch, "__array__"):
             raise TypeError(
@@ -169,15 +178,16 @@ class Rows:
             )
         rows = checks.to_tensor("x", batch[0] if several else batch, self.like.dtype).detach()
         checks.check_rows("x", rows, self.n_features)
+        flat = rows.reshape(-1, self.n_features)
         if self.sample_weight is None:
-            return rows, None
+            return flat, None
         if not several or len(batch) <= self.sample_weight:
             raise ValueError(
                 f"Expected batches of `x` that hold weights at index sample_weight={self.sample_weight}, but got "
                 f"{len(batch) if several else 'no'} elements."
             )
         weights = checks.to_weights(batch[self.sample_weight], rows.shape[:-1], self.like.dtype, self.like.device)
-        return rows, weights
+        return flat, weights
 
     def _widened(self, rows: Tensor) -> Tensor:
         self.given = rows.dtype
@@ -197,26 +207,52 @@ def read_ahead(stream: Iterable[T]) -> Generator[T, None, None]:
     end: Any = object()
     # What a thread does not take over from the one that starts it.
     grad, device = torch.is_grad_enabled(), torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    n_threads = torch.get_num_threads()
 
     def settle() -> None:
         torch.set_grad_enabled(grad)
+        # Else its operations would start as many threads as those of the caller, and each wait for the other's. A
+        # thread that has not asked for the number yet would take the one that was set last.
+        torch.get_num_threads()
+        torch.set_num_threads(1)
         if device is not None:
             torch.cuda.set_device(device)
 
     with ThreadPoolExecutor(1, "tgmm_nn.read_ahead", settle) as thread:
         elements = thread.submit(iter, stream).result()
+        torch.set_num_threads(n_threads)  # which threads take that others start from now on
         ahead = thread.submit(next, elements, end)
         while (element := ahead.result()) is not end:
             ahead = thread.submit(next, elements, end)
             yield element
 
 
-def _batches_of(stream: Iterable[Any]) -> Generator[Any, None, None]:
-    """Give the batches of a stream, read ahead; a loader with workers does so itself."""
-    if getattr(stream, "num_workers", 0):
-        yield from stream
-    else:
-        yield from read_ahead(stream)
+def gathered(parts: Iterable[Part]) -> Generator[Part, None, None]:
+    """Put parts of few rows together with those after them, while these have the same dtype and are on one device.
+
+    Example:
+        >>> [len(rows) for rows, _ in gathered((torch.zeros(n, 1024), None) for n in (16, 16, 1024, 512))]
+        [1056, 512]
+    """
+    group, size = list[Part](), 0
+    for rows, weight in parts:
+        if group and (rows.dtype, rows.device) != (group[0][0].dtype, group[0][0].device):
+            yield _together(group)
+            group, size = [], 0
+        group.append((rows, weight))
+        size += rows.numel()
+        if size >= GATHERED:
+            yield _together(group)
+            group, size = [], 0
+    if group:
+        yield _together(group)
+
+
+def _together(group: list[Part]) -> Part:
+    if len(group) == 1:
+        return group[0]
+    rows, weights = zip(*group, strict=True)
+    return torch.cat(rows), None if weights[0] is None else torch.cat(weights)
 
 
 def _form(x: np.memmap[Any, Any]) -> Tensor:

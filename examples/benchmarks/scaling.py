@@ -6,15 +6,18 @@ Each table doubles one size and keeps the others. The slope is that of log time 
 1 in N and K, and at most 2 in d for full and 1 for diag. The message is what ranks sum once per step, as measured: a
 vector in float64 whose length does not depend on N. The extrapolation takes the rows per second of this process for
 each rank, the time of a ring all-reduce, 2 (P - 1) / P times the bytes over ``--bandwidth``, and the time to read the
-rank's rows at ``--disk``, which is nothing where they fit its memory.
+rank's rows at ``--disk``, which is nothing where they fit its memory. A last table tells what an iteration of `fit`
+takes over batches of a ``DataLoader``, and what the loader takes to give them.
 """
 
 import argparse
 import statistics
 import time
+import warnings
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from tgmm_nn import GaussianMixture
 from tgmm_nn.experiments.reports import format_table
@@ -88,6 +91,33 @@ def extrapolate(family, shape, arguments):
     )
 
 
+def streamed(batch_size, shape, family, repeats):
+    """Return a row of the table of a loader: the time that a pass takes alone, and that of an iteration of `fit`."""
+
+    def seconds(call):
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    def fit(rows, n_iter):
+        how = {"init_means": gmm.means_, "init_covariances": "eye", "tol": 0.0}
+        GaussianMixture(*gmm.means_.shape, family, max_iter=n_iter, **how).fit(rows)
+
+    gmm, x = layer(*shape.values(), family)
+    loader = DataLoader(TensorDataset(x), batch_size)
+    iteration = [(seconds(lambda r=r: fit(r, 4)) - seconds(lambda r=r: fit(r, 1))) / 3 for r in (x, loader)]
+    return {
+        "family": family,
+        "batch size": str(batch_size),
+        "ms in memory": 1e3 * iteration[0],
+        "ms of the loader": 1e3 * seconds(lambda: [None for _ in loader]),
+        "ms of an iteration over it": 1e3 * iteration[1],
+    }
+
+
 def main():
     """Print the tables and the extrapolation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -111,6 +141,10 @@ def main():
             print(format_table(sweep(size, values, shape, family, arguments.repeats)), end="\n\n")
     for family in arguments.families:
         extrapolate(family, shape, arguments)
+    warnings.filterwarnings("ignore", "EM did not converge")
+    sizes = [16, 64, 256, 1024] if not arguments.quick else [16]
+    table = [streamed(size, shape, family, arguments.repeats) for family in arguments.families for size in sizes]
+    print(f"\nfit on a DataLoader of {shape['N']:,} rows, d = {shape['d']}, K = {shape['K']}\n{format_table(table)}")
 
 
 if __name__ == "__main__":
