@@ -154,7 +154,10 @@ def expectation(x: Tensor, parameters: Parameters, covariance: Covariance) -> Su
 def maximize(sums: Sums, buffers: Mapping[str, Any], covariance: Covariance, reg_covar: float) -> bool:
     """Make the M-step of `tgmm_nn.steps.MixtureSteps.maximize` in the memory of a layer's buffers, or return False."""
     written = [buffers[name] for name in WRITTEN]
-    return _are_writable(written) and _write(sums, written, covariance, reg_covar)
+    if not _are_writable(written):
+        return False
+    with np.errstate(all="ignore"):
+        return _write(sums, written, covariance, reg_covar)
 
 
 def update(
@@ -313,12 +316,11 @@ def _exponential(joint: Array) -> Array:
 
 def _write(sums: Sums, written: Sequence[Tensor], covariance: Covariance, reg_covar: float) -> bool:
     """Write the M-step of sums into the buffers `WRITTEN`, or return False."""
-    with np.errstate(all="ignore"):
-        new = _maximum(sums, covariance, reg_covar)
-        if new is None:
-            return False
-        for buffer, value in zip(written, new, strict=True):
-            array(buffer)[...] = value
+    new = _maximum(sums, covariance, reg_covar)
+    if new is None:
+        return False
+    for buffer, value in zip(written, new, strict=True):
+        array(buffer)[...] = value
     # A backward pass that still needs the old values has to find out.
     torch.autograd.graph.increment_version(written)
     return True
