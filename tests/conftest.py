@@ -21,7 +21,7 @@ def pytest_runtest_protocol(item):
     test = item.nodeid.partition("[")[0]
     tracer, counts = sys.gettrace(), CASES[test] % 8 == 0
     CASES[test] += 1
-    if counts:
+    if tracer is None or counts or item.get_closest_marker("no_cover"):  # where pytest-cov begins to trace anew
         return (yield)
     sys.settrace(None)
     try:

@@ -229,9 +229,15 @@ def test_the_benchmark_of_scaling_prints_slopes_the_message_and_an_extrapolation
 def test_the_benchmark_of_restarts_scores_both_sides_alike():
     """One data set, of clusters far apart, where both find the same mixture."""
     script = runpy.run_path(str(ROOT / "examples" / "benchmarks" / "restarts.py"))
-    options = Namespace(threads=torch.get_num_threads(), starts=2, tol=1e-3, seed=0, covariance_type="diag")
-    (*ours, reached), (*theirs, wanted) = (script["fit"](who, 0, options) for who in script["WHO"])
+    options = Namespace(threads=torch.get_num_threads(), starts=2, tol=1e-3, seed=3, seeds=2, covariance_type="diag")
+    found = {who: script["fit"](who, 0, 3, options) for who in script["WHO"]}
+    (*ours, reached), (*theirs, wanted) = found.values()
     assert min(*ours, *theirs) > 0
     assert reached == pytest.approx(wanted, abs=1e-6)
+    asked = []
+    compare = script["compare"]
+    compare.__globals__["apart"] = lambda _, who, *task: asked.append(task) or found[who]
+    np.testing.assert_array_equal(compare(options, 7), [[*ours, *theirs, reached - wanted]] * 2)
+    assert asked == [(7, 3), (7, 3), (7, 4), (7, 4)]
     for make in script["DATA"].values():
         assert make(np.random.default_rng(0)).shape == (20_000, 16)
