@@ -12,16 +12,24 @@ import pytest
 from tgmm_nn import few
 from tgmm_nn.covariance import COVARIANCES
 
-CASES = Counter()
+COUNTS = pytest.StashKey()
+
+
+def pytest_collection_modifyitems(items):
+    """Let one in eight cases of a test count for coverage: most take the same lines, and tracing them is slow."""
+    cases = Counter()
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        # With this mark pytest-cov stops, and begins to trace anew.
+        item.stash[COUNTS] = cases[test] % 8 == 0 or item.get_closest_marker("no_cover") is not None
+        cases[test] += 1
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """Let one in eight cases of a test count for coverage: most take the same lines, and tracing them is slow."""
-    test = item.nodeid.partition("[")[0]
-    tracer, counts = sys.gettrace(), CASES[test] % 8 == 0
-    CASES[test] += 1
-    if tracer is None or counts or item.get_closest_marker("no_cover"):  # where pytest-cov begins to trace anew
+    """Trace nothing in a case that does not count, except for a debugger."""
+    tracer = sys.gettrace()
+    if item.stash[COUNTS] or not type(tracer).__module__.startswith("coverage"):
         return (yield)
     sys.settrace(None)
     try:

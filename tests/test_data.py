@@ -30,6 +30,7 @@ def x(generator):
 @pytest.fixture(autouse=True)
 def _several_groups(monkeypatch):
     """Batches of few rows are put together, but not all rows of these tests."""
+    monkeypatch.setattr(data, "SMALL", 60)
     monkeypatch.setattr(data, "GATHERED", 60)
 
 
@@ -241,19 +242,27 @@ def test_a_loader_gives_the_fit_of_its_rows_in_memory_in_float32_too(family, off
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_small_batches_are_put_together_in_their_order_as_far_as_they_are_of_one_kind(weighted, generator):
-    sizes = [5, 25, 0, 31, 40, 1, 7, 12]  # of two features each: 60 numbers are 30 rows
-    kinds = [torch.float32] * 6 + [torch.int64] * 2
+    sizes = [5, 25, 0, 31, 40, 1, 7, 12, 3]  # of two features each: 60 numbers are 30 rows
+    kinds = [torch.float32] * 6 + [torch.int64] * 3
     rows = [(9 * torch.randn(n, 2, generator=generator)).to(kind) for n, kind in zip(sizes, kinds, strict=True)]
     weights = [torch.rand(n, generator=generator) if weighted else None for n in sizes]
-    groups = list(gathered(zip(rows, weights, strict=True)))
-    assert [len(r) for r, _ in groups] == [30, 31, 40, 1, 19]
-    assert groups[2][0] is rows[4]  # what is large enough is not copied
-    whole, found = (torch.cat([r.double() for r in some]) for some in (rows, [r for r, _ in groups]))
-    assert torch.equal(found, whole)
     if weighted:
-        assert torch.equal(torch.cat([w for _, w in groups]), torch.cat(weights))
-    else:
-        assert [w for _, w in groups] == [None] * 5
+        weights[-1] = weights[-1].double()
+    groups = list(gathered(zip(rows, weights, strict=True)))
+    last = [[7, 12], [3]] if weighted else [[7, 12, 3]]
+    assert [[len(r) for r, _ in group] for group in groups] == [[5, 25], [0], [31], [40], [1], *last]
+    assert groups[3][0][0] is rows[4]  # what is large enough is not copied
+    flat = [part for group in groups for part in group]
+    for (r, w), given, weight in zip(flat, rows, weights, strict=True):
+        assert torch.equal(r, given)
+        assert r.dtype == given.dtype
+        assert w is weight is None or torch.equal(w, weight)
+
+
+def test_batches_are_put_together_up_to_so_many_numbers(monkeypatch):
+    monkeypatch.undo()
+    parts = [(torch.zeros(511, 64), None)] * 40 + [(torch.zeros(512, 64), None)] * 2
+    assert [len(group) for group in gathered(parts)] == [33, 7, 1, 1]
 
 
 def test_a_group_is_given_before_the_batch_after_it_is_read():
@@ -263,9 +272,25 @@ def test_a_group_is_given_before_the_batch_after_it_is_read():
             yield torch.zeros(15, 2), None
 
     read = []
-    for place, (rows, _) in enumerate(gathered(parts())):
-        assert len(rows) == 30
+    for place, group in enumerate(gathered(parts())):
+        assert len(group) == 2
         assert read == list(range(2 * place + 2))
+
+
+def test_small_batches_are_copied_when_they_come(layer, x):
+    """A stream may use their memory again, and a batch may be a small part of a large array."""
+
+    class Ring:
+        def __iter__(self):
+            places = [torch.empty(4, 2, dtype=x.dtype) for _ in range(3)]
+            for number, rows in enumerate(x.split(4)):
+                yield places[number % 3].copy_(rows)
+
+    one, other = layer().fit(Ring()), layer().fit(x)
+    assert_near(parameters_of(one), parameters_of(other), 1e-11)
+    [[(rows, weight)]] = gathered([(torch.zeros(1000, 8)[:3, :2], torch.zeros(500)[:3])])
+    assert rows.untyped_storage().nbytes() == 4 * 6
+    assert weight.untyped_storage().nbytes() == 4 * 3
 
 
 def test_batches_of_any_dtypes_in_turn_are_a_fit_of_all_their_rows(layer, x):
@@ -481,7 +506,7 @@ def test_a_start_on_many_rows_is_a_start_on_a_sample(generator):
 
 def test_many_small_batches_take_no_longer_than_few_large_ones(generator, monkeypatch):
     """The sample is not made anew for each batch."""
-    monkeypatch.setattr(data, "GATHERED", 1)
+    monkeypatch.setattr(data, "SMALL", 0)
     calls = []
     smallest = Candidates.smallest
     monkeypatch.setattr(Candidates, "smallest", lambda self, size: calls.append(len(self.rows)) or smallest(self, size))

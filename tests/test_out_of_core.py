@@ -2,7 +2,6 @@
 
 import threading
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -32,7 +31,7 @@ def _no_thread_stays():
 @pytest.fixture(autouse=True)
 def _as_they_come(monkeypatch):
     """Batches of few rows are not put together, except where a test asks for that."""
-    monkeypatch.setattr(data, "GATHERED", 1)
+    monkeypatch.setattr(data, "SMALL", 0)
 
 
 @pytest.fixture
@@ -92,6 +91,7 @@ def test_a_fit_reads_the_next_batch_while_it_computes_with_the_last(x, monkeypat
 
 def test_small_batches_are_put_together_while_the_last_group_is_computed_with(x, monkeypatch):
     """The thread that reads does so: as long as an E-step takes it fills the next group, and no further one."""
+    monkeypatch.setattr(data, "SMALL", 80)
     monkeypatch.setattr(data, "GATHERED", 80)
     full, passes = threading.Event(), []
 
@@ -123,6 +123,9 @@ def test_a_loader_with_workers_needs_no_thread(x, monkeypatch):
     assert names == [0] * 4
     GaussianMixture(3, 2).initialize(DataLoader(rows, 30))
     assert names[4:] == [1] * 4
+    monkeypatch.setattr(data, "SMALL", 2**15)
+    GaussianMixture(3, 2).initialize(DataLoader(rows, 30, num_workers=1))
+    assert names[8:] == [0]
 
 
 @pytest.mark.parametrize("error", [OSError("the disk is gone"), KeyboardInterrupt("stop"), KeyError(3)], ids=repr)
@@ -145,23 +148,34 @@ def test_an_error_of_a_stream_comes_out_as_it_is_where_its_batch_would_have(erro
     assert not readers()
 
 
-def test_the_thread_computes_with_one_thread_and_leaves_the_number_of_others():
-    """Else its operations would start threads that those of the caller wait for."""
+@pytest.mark.parametrize("how", ["closed", "interrupted"])
+def test_a_group_that_is_being_filled_is_not_waited_for(how):
+    """Of a slow stream it may take minutes."""
+    begun, go_on, read = threading.Event(), threading.Event(), []
 
     def stream():
-        yield torch.get_num_threads()
+        for number in range(1000):
+            read.append(number)
+            if number == 5:
+                begun.set()
+                go_on.wait(SECONDS)
+            yield number
 
-    def elsewhere():
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(torch.get_num_threads).result()
+    def pairs_then_all(elements):
+        yield next(elements), next(elements)
+        yield list(elements)
 
-    before, number = torch.get_num_threads(), 3
-    try:
-        torch.set_num_threads(number)
-        assert list(read_ahead(stream())) == [1]
-        assert (torch.get_num_threads(), elsewhere()) == (number, number)
-    finally:
-        torch.set_num_threads(before)
+    ahead = read_ahead(stream(), pairs_then_all)
+    assert next(ahead) == (0, 1)
+    assert begun.wait(SECONDS)
+    threading.Timer(0.05, go_on.set).start()
+    if how == "closed":
+        ahead.close()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            ahead.throw(KeyboardInterrupt)
+    assert read == list(range(6))
+    assert not readers()
 
 
 @pytest.mark.parametrize("stream", [3, None], ids=repr)

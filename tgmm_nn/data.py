@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
+from threading import Event
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,8 +21,9 @@ __all__ = ["Rows", "checked", "is_mapped", "is_stream", "pieces", "read_ahead", 
 # Numbers that are looked at and widened at once where all rows lie in memory, or in a mapped file.
 BATCH = 2**22
 
-# Numbers up to which batches of a stream are put together: an E-step of few rows takes as long as one of many.
-GATHERED = 2**20
+# Batches of a stream of fewer numbers than the first are put together until they hold the second: an E-step of few rows
+# takes as long as one of many. Copies of the first are made by one thread, which disturbs no other computation.
+SMALL, GATHERED = 2**15, 2**20
 
 Part = tuple[Tensor, Tensor | None]
 Batch = tuple[Tensor, Tensor | None, Tensor | None]
@@ -158,15 +160,15 @@ class Rows:
             yield self._widened(checks.to_tensor("x", self.x[part], self.like.dtype)), weight, log_prior
 
     def _streamed(self) -> Generator[Batch, None, None]:
-        parts = gathered(self._parts())
-        # A loader with workers reads ahead itself.
-        with closing(parts if getattr(self.x, "num_workers", 0) else read_ahead(parts)) as ahead:
-            for rows, weight in ahead:
-                yield self._widened(rows), weight, None
+        def groups(batches: Iterable[Any]) -> Generator[list[Part], None, None]:
+            return gathered(map(self._of_batch, batches))
 
-    def _parts(self) -> Generator[Part, None, None]:
-        for batch in self.x:  # its iterator is made where its batches are read
-            yield self._of_batch(batch)
+        # A loader with workers reads ahead itself.
+        with closing(groups(self.x) if getattr(self.x, "num_workers", 0) else read_ahead(self.x, groups)) as ahead:
+            for group in ahead:
+                rows, weights = zip(*group, strict=True)
+                weight = None if weights[0] is None else _joined(weights)
+                yield self._widened(_joined(rows)), weight, None
 
     def _of_batch(self, batch: Any) -> Part:
         """Return the rows ``(n, d)`` of a stream's batch, and their weights."""
@@ -194,65 +196,83 @@ class Rows:
         return rows.to(self.like.device, wider_dtype(rows.dtype, self.like.dtype))
 
 
-def read_ahead(stream: Iterable[T]) -> Generator[T, None, None]:
+def read_ahead(
+    stream: Iterable[Any], through: Callable[[Iterator[Any]], Iterator[T]] | None = None
+) -> Generator[T, None, None]:
     """Give what a stream gives, of which a thread reads the next element while the caller is busy with the last.
 
     Errors of the stream are raised where its element would have come. The thread ends with the stream, or when this
-    generator is closed, after the element that it is reading then.
+    generator is closed, after the element of the stream that it is reading then.
+
+    Args:
+        stream: Gives elements.
+        through: Makes of them what is given, in that thread; None gives them as they are.
 
     Example:
         >>> list(read_ahead(range(3)))
         [0, 1, 2]
     """
     end: Any = object()
+    closed = Event()
     # What a thread does not take over from the one that starts it.
     grad, device = torch.is_grad_enabled(), torch.cuda.current_device() if torch.cuda.is_initialized() else None
-    n_threads = torch.get_num_threads()
 
     def settle() -> None:
         torch.set_grad_enabled(grad)
-        # Else its operations would start as many threads as those of the caller, and each wait for the other's. A
-        # thread that has not asked for the number yet would take the one that was set last.
-        torch.get_num_threads()
-        torch.set_num_threads(1)
         if device is not None:
             torch.cuda.set_device(device)
 
-    with ThreadPoolExecutor(1, "tgmm_nn.read_ahead", settle) as thread:
-        elements = thread.submit(iter, stream).result()
-        torch.set_num_threads(n_threads)  # which threads take that others start from now on
-        ahead = thread.submit(next, elements, end)
-        while (element := ahead.result()) is not end:
-            ahead = thread.submit(next, elements, end)
+    def read() -> Iterator[Any]:
+        for element in stream:
+            if closed.is_set():  # what is given may be made of many
+                return
             yield element
 
+    with ThreadPoolExecutor(1, "tgmm_nn.read_ahead", settle) as thread:
+        try:
+            elements = read() if through is None else through(read())
+            ahead = thread.submit(next, elements, end)
+            while (element := ahead.result()) is not end:
+                ahead = thread.submit(next, elements, end)
+                yield element
+        finally:
+            closed.set()
 
-def gathered(parts: Iterable[Part]) -> Generator[Part, None, None]:
-    """Put parts of few rows together with those after them, while these have the same dtype and are on one device.
+
+def gathered(parts: Iterable[Part]) -> Generator[list[Part], None, None]:
+    """Give lists of parts to put together: small ones on the CPU that follow each other and are of the same dtypes.
+
+    They are copied at once, since a stream may use their memory again, or hold them in files or larger arrays.
 
     Example:
-        >>> [len(rows) for rows, _ in gathered((torch.zeros(n, 1024), None) for n in (16, 16, 1024, 512))]
-        [1056, 512]
+        >>> [[len(rows) for rows, _ in g] for g in gathered((torch.zeros(n, 64), None) for n in (16, 8, 512, 4))]
+        [[16, 8], [512], [4]]
     """
-    group, size = list[Part](), 0
+    group: list[Part] = []
+    size = 0
     for rows, weight in parts:
-        if group and (rows.dtype, rows.device) != (group[0][0].dtype, group[0][0].device):
-            yield _together(group)
+        small = rows.numel() < SMALL and rows.device.type == "cpu"
+        if group and not (small and _kind(rows, weight) == _kind(*group[0])):
+            yield group
             group, size = [], 0
-        group.append((rows, weight))
+        if not small:
+            yield [(rows, weight)]
+            continue
+        group.append((rows.clone(), None if weight is None else weight.clone()))
         size += rows.numel()
         if size >= GATHERED:
-            yield _together(group)
+            yield group
             group, size = [], 0
     if group:
-        yield _together(group)
+        yield group
 
 
-def _together(group: list[Part]) -> Part:
-    if len(group) == 1:
-        return group[0]
-    rows, weights = zip(*group, strict=True)
-    return torch.cat(rows), None if weights[0] is None else torch.cat(weights)
+def _kind(rows: Tensor, weight: Tensor | None) -> tuple[torch.dtype, torch.dtype | None]:
+    return rows.dtype, None if weight is None else weight.dtype
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 def _form(x: np.memmap[Any, Any]) -> Tensor:

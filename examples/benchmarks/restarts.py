@@ -182,9 +182,9 @@ def main():
         ours, our_cpu, theirs, their_cpu, gain = found.mean(0)
         rows.append((ours / theirs, our_cpu / their_cpu, gain))
         times.append((ours, theirs))
-        error = f" ± {found[:, -1].std(ddof=1) / len(found) ** 0.5:.0e}" if len(found) > 1 else ""
+        spread = f" ± {found[:, -1].std(ddof=1) / len(found) ** 0.5:.0e}" if len(found) > 1 else ""
         ratios = f"{rows[-1][0]:6.2f} {rows[-1][1]:6.2f}"
-        print(f"{name:22s} {ours:8.2f} {theirs:12.2f} {ratios}  {gain:+.1e}{error}", flush=True)
+        print(f"{name:22s} {ours:8.2f} {theirs:12.2f} {ratios}  {gain:+.1e}{spread}", flush=True)
     clock, processor, gain = np.array(rows).T
     ours, theirs = np.sum(times, 0)
     print(
