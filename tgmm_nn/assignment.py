@@ -12,8 +12,8 @@ from tgmm_nn.statistics import Parameters
 
 __all__ = ["HARD", "SOFT", "Assignment", "Shares", "responsibilities", "revivable"]
 
-# Shares below this part of the largest are none, and a component without others is one without rows. Not far below begin
-# the subnormal numbers of float32, which slow its products up to ten times on processors of Intel.
+# Shares below this part of the largest are none, and a component without others is one without rows. Not far below
+# begin the subnormal numbers of float32, which slow its products up to ten times on processors of Intel.
 LEAST_SHARE = 1e-35
 
 
@@ -113,7 +113,7 @@ def _exponential(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     That is the least number where all are −inf, and the sum 1.
     """
     largest = scores.amax(0).clamp_(min=torch.finfo(scores.dtype).min)
-    # Limited before, as MKL takes fifty times as long for an exponential that vanishes, and nothing after that is small.
+    # Limited before, since MKL takes fifty times as long for an exponential that vanishes; what is small is zero after.
     r = torch.threshold_((scores - largest).clamp_(min=math.log(LEAST_SHARE) - 1.0).exp_(), LEAST_SHARE, 0.0)
     return r, r.sum(0).clamp_(min=1.0), largest
 
