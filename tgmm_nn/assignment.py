@@ -72,7 +72,7 @@ def responsibilities(
 ) -> Shares:
     """Share rows among components.
 
-    Components come first, since a softmax over the first axis runs along the rows. One whose density is not finite, as
+    Components come first, since sums over the first axis run along the rows. One whose density is not finite, as
     where infinities cancel, is infinitely far away. A row with a log-prior of nan or infinity does not enter.
 
     Args:

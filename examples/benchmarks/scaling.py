@@ -35,15 +35,20 @@ def layer(rows, d, k, family):
     return GaussianMixture(k, d, family, init_means=means, init_covariances="eye").initialize(x[: 20 * k]), x
 
 
-def seconds_per_step(gmm, x, repeats):
-    """Return the median time of a step on all rows, after one that is not timed."""
-    gmm.em_step(x)
+def seconds(call, repeats):
+    """Return the median time of a call."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        gmm.em_step(x)
+        call()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+def seconds_per_step(gmm, x, repeats):
+    """Return the median time of a step on all rows, after one that is not timed."""
+    gmm.em_step(x)
+    return seconds(lambda: gmm.em_step(x), repeats)
 
 
 def sweep(size, values, shape, family, repeats):
@@ -94,27 +99,21 @@ def extrapolate(family, shape, arguments):
 def streamed(batch_size, shape, family, repeats):
     """Return a row of the table of a loader: the time that a pass takes alone, and that of an iteration of `fit`."""
 
-    def seconds(call):
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
-
-    def fit(rows, n_iter):
+    def of_fit(rows, n_iter):
         how = {"init_means": gmm.means_, "init_covariances": "eye", "tol": 0.0}
-        GaussianMixture(*gmm.means_.shape, family, max_iter=n_iter, **how).fit(rows)
+        return seconds(lambda: GaussianMixture(*gmm.means_.shape, family, max_iter=n_iter, **how).fit(rows), repeats)
+
+    def of_iteration(rows):
+        return (of_fit(rows, 4) - of_fit(rows, 1)) / 3
 
     gmm, x = layer(*shape.values(), family)
     loader = DataLoader(TensorDataset(x), batch_size)
-    iteration = [(seconds(lambda r=r: fit(r, 4)) - seconds(lambda r=r: fit(r, 1))) / 3 for r in (x, loader)]
     return {
         "family": family,
         "batch size": str(batch_size),
-        "ms in memory": 1e3 * iteration[0],
-        "ms of the loader": 1e3 * seconds(lambda: [None for _ in loader]),
-        "ms of an iteration over it": 1e3 * iteration[1],
+        "ms in memory": 1e3 * of_iteration(x),
+        "ms of the loader": 1e3 * seconds(lambda: [None for _ in loader], repeats),
+        "ms of an iteration over it": 1e3 * of_iteration(loader),
     }
 
 
@@ -141,9 +140,10 @@ def main():
             print(format_table(sweep(size, values, shape, family, arguments.repeats)), end="\n\n")
     for family in arguments.families:
         extrapolate(family, shape, arguments)
-    warnings.filterwarnings("ignore", "EM did not converge")
     sizes = [16, 64, 256, 1024] if not arguments.quick else [16]
-    table = [streamed(size, shape, family, arguments.repeats) for family in arguments.families for size in sizes]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "EM did not converge")
+        table = [streamed(size, shape, family, arguments.repeats) for family in arguments.families for size in sizes]
     print(f"\nfit on a DataLoader of {shape['N']:,} rows, d = {shape['d']}, K = {shape['K']}\n{format_table(table)}")
 
 
