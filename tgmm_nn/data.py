@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from threading import Event
@@ -21,7 +21,7 @@ __all__ = ["Rows", "checked", "is_mapped", "is_stream", "pieces", "read_ahead", 
 # Numbers that are looked at and widened at once where all rows lie in memory, or in a mapped file.
 BATCH = 2**22
 
-# Batches of a stream of fewer numbers than the first are put together until they hold the second: an E-step of few rows
+# Batches of a stream of fewer numbers than the first are put together up to the second: an E-step of few rows
 # takes as long as one of many. Copies of the first are made by one thread, which disturbs no other computation.
 SMALL, GATHERED = 2**15, 2**20
 
@@ -160,15 +160,13 @@ class Rows:
             yield self._widened(checks.to_tensor("x", self.x[part], self.like.dtype)), weight, log_prior
 
     def _streamed(self) -> Generator[Batch, None, None]:
-        def groups(batches: Iterable[Any]) -> Generator[list[Part], None, None]:
+        def groups(batches: Iterable[Any]) -> Generator[Part, None, None]:
             return gathered(map(self._of_batch, batches))
 
         # A loader with workers reads ahead itself.
         with closing(groups(self.x) if getattr(self.x, "num_workers", 0) else read_ahead(self.x, groups)) as ahead:
-            for group in ahead:
-                rows, weights = zip(*group, strict=True)
-                weight = None if weights[0] is None else _joined(weights)
-                yield self._widened(_joined(rows)), weight, None
+            for rows, weight in ahead:
+                yield self._widened(rows), weight, None
 
     def _of_batch(self, batch: Any) -> Part:
         """Return the rows ``(n, d)`` of a stream's batch, and their weights."""
@@ -239,40 +237,47 @@ def read_ahead(
             closed.set()
 
 
-def gathered(parts: Iterable[Part]) -> Generator[list[Part], None, None]:
-    """Give lists of parts to put together: small ones on the CPU that follow each other and are of the same dtypes.
+def gathered(parts: Iterable[Part]) -> Generator[Part, None, None]:
+    """Put small parts on the CPU together that follow each other and are of the same dtypes; give others as they are.
 
-    They are copied at once, since a stream may use their memory again, or hold them in files or larger arrays.
+    They are copied at once, since a stream may use their memory again, or hold them in files or larger arrays; and to
+    one place, since memory of each would lie in what a larger array left, and the next one would need a new place.
 
     Example:
-        >>> [[len(rows) for rows, _ in g] for g in gathered((torch.zeros(n, 64), None) for n in (16, 8, 512, 4))]
-        [[16, 8], [512], [4]]
+        >>> [len(rows) for rows, _ in gathered((torch.zeros(n, 64), None) for n in (16, 8, 512, 4))]
+        [24, 512, 4]
     """
-    group: list[Part] = []
-    size = 0
-    for rows, weight in parts:
+    group: Part | None = None
+    filled = 0
+    for part in parts:
+        rows, weight = part
         small = rows.numel() < SMALL and rows.device.type == "cpu"
-        if group and not (small and _kind(rows, weight) == _kind(*group[0])):
-            yield group
-            group, size = [], 0
+        if group and not (small and _kind(*part) == _kind(*group) and filled + len(rows) <= len(group[0])):
+            yield _first(filled, *group)
+            group = None
         if not small:
-            yield [(rows, weight)]
+            yield part
             continue
-        group.append((rows.clone(), None if weight is None else weight.clone()))
-        size += rows.numel()
-        if size >= GATHERED:
-            yield group
-            group, size = [], 0
+        if not group:
+            n_rows, filled = GATHERED // rows.shape[-1], 0
+            group = rows.new_empty(n_rows, rows.shape[-1]), None if weight is None else weight.new_empty(n_rows)
+        for memory, values in zip(group, part, strict=True):
+            if memory is not None and values is not None:
+                memory[filled : filled + len(rows)] = values
+        filled += len(rows)
+        if filled + len(rows) > len(group[0]):  # no place for another such part: it need not be waited for
+            yield _first(filled, *group)
+            group = None
     if group:
-        yield group
+        yield _first(filled, *group)
 
 
 def _kind(rows: Tensor, weight: Tensor | None) -> tuple[torch.dtype, torch.dtype | None]:
     return rows.dtype, None if weight is None else weight.dtype
 
 
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+def _first(size: int, rows: Tensor, weight: Tensor | None) -> Part:
+    return rows[:size], None if weight is None else weight[:size]
 
 
 def _form(x: np.memmap[Any, Any]) -> Tensor:
