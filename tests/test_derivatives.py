@@ -24,6 +24,14 @@ def mixture(family, generator):
     return Parameters(weights, means, COVARIANCES[family].identity(3, 2, means))
 
 
+@pytest.fixture(params=["whole", "by blocks"])
+def matrices(request, monkeypatch):
+    """Densities by whole matrices, and by blocks of a feature each, as only those of wide ones are."""
+    if request.param == "by blocks":
+        monkeypatch.setattr("tgmm_nn.forms.WIDE", 1)
+        monkeypatch.setattr("tgmm_nn.triangular.BLOCK", 1)
+
+
 @pytest.fixture
 def rows(generator):
     return torch.randn(5, 2, dtype=torch.float64, generator=generator)
@@ -36,6 +44,7 @@ def density(family, mixture):
 
 
 @pytest.mark.parametrize("part", PARTS)
+@pytest.mark.usefixtures("matrices")
 def test_gradients_of_parameters_ignore_rows_that_have_none(part, mixture, rows, density):
     value = getattr(mixture, part).clone().requires_grad_()
     far = torch.cat([rows, torch.tensor(FAR, dtype=rows.dtype)])
@@ -48,6 +57,7 @@ def test_gradients_of_parameters_ignore_rows_that_have_none(part, mixture, rows,
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch's own forward derivatives
 @pytest.mark.parametrize("part", PARTS)
+@pytest.mark.usefixtures("matrices")
 def test_every_way_to_a_derivative_gives_the_same(part, mixture, rows, density):
     value = getattr(mixture, part)
     direction = torch.randn_like(value)
@@ -69,6 +79,7 @@ def test_every_way_to_a_derivative_gives_the_same(part, mixture, rows, density):
 
 @pytest.mark.no_cover
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.usefixtures("matrices")
 def test_forward_derivatives_of_a_compiled_density_are_those_of_the_eager_one(family, generator, rows):
     layer, directions = random_layer(family, generator), torch.randn_like(rows)
 
@@ -95,6 +106,7 @@ def test_an_exported_density_has_finite_gradients_although_none_was_recorded_the
     assert_near(*gradients)
 
 
+@pytest.mark.usefixtures("matrices")
 def test_a_density_is_the_same_number_whether_a_gradient_is_recorded_or_not(mixture, rows, density):
     far = torch.cat([rows, torch.tensor(FAR, dtype=rows.dtype)])
     with torch.no_grad():

@@ -10,8 +10,8 @@ from oracles import assert_near, dense, random_mixture
 from tgmm_nn import GaussianMixture, functional
 from tgmm_nn.covariance import COVARIANCES
 from tgmm_nn.expectation import blockwise_statistics, expectation, moment_statistics, whitened_statistics
-from tgmm_nn.forms import conditioning, moment_rounding, rows_of_blocks, rows_of_moments
-from tgmm_nn.functional import Parameters, rows_per_chunk
+from tgmm_nn.forms import conditioning, moment_rounding, rows_of_blocks, rows_of_moments, rows_per_chunk
+from tgmm_nn.functional import Parameters
 from tgmm_nn.maximization import maximize
 from tgmm_nn.statistics import hard_statistics
 

@@ -9,10 +9,12 @@ from oracles import assert_near, dense, distribution, joint, random_mixture, res
 from tgmm_nn import functional
 from tgmm_nn.covariance import COVARIANCES
 from tgmm_nn.expectation import blockwise_statistics, expectation, moment_statistics, whitened_statistics
+from tgmm_nn.forms import rows_of_moments, rows_per_chunk
 from tgmm_nn.functional import Parameters
 from tgmm_nn.maximization import maximize
 from tgmm_nn.statistics import Statistics, hard_statistics, statistics_of
 
+DTYPES = (torch.float32, torch.float64)
 FORMS = pytest.mark.parametrize("moments", ["by shapes", "moments", "blocks", "blocks of moments"], indirect=True)
 
 
@@ -23,6 +25,14 @@ def moments(request, monkeypatch):
         monkeypatch.setattr("tgmm_nn.forms.WIDE", 1)
         monkeypatch.setattr("tgmm_nn.triangular.BLOCK", 1)
     return "moments" in request.param
+
+
+@pytest.fixture(params=["whole", "by blocks"])
+def matrices(request, monkeypatch):
+    """Densities by whole matrices, and by blocks of a feature each, as only those of wide ones are."""
+    if request.param == "by blocks":
+        monkeypatch.setattr("tgmm_nn.forms.WIDE", 1)
+        monkeypatch.setattr("tgmm_nn.triangular.BLOCK", 1)
 
 
 def rows_of(mixture, n_rows, generator, dtype=torch.float64):
@@ -59,6 +69,7 @@ def brute_force(x, mixture, family, sample_weight=None, log_prior=None):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 3e-6)])
+@pytest.mark.usefixtures("matrices")
 def test_log_joint_and_log_density_are_those_of_torch_distributions(family, dtype, tolerance, generator):
     mixture = random_mixture(family, generator, n_features=3, dtype=dtype)
     x = rows_of(mixture, 50, generator, dtype)
@@ -70,6 +81,17 @@ def test_log_joint_and_log_density_are_those_of_torch_distributions(family, dtyp
     assert_near(got.double(), distribution(*oracle).log_prob(x.double()), tolerance)
 
 
+@pytest.mark.usefixtures("matrices")
+def test_squared_distances_are_those_of_the_inverse_covariances(family, generator):
+    mixture = random_mixture(family, generator, n_features=3)
+    x = rows_of(mixture, 50, generator)
+    away = x[:, None] - mixture.parameters.means
+    precisions = dense(mixture.covariances, 3).inverse().expand(3, 3, 3)
+    got = functional.squared_distances(x, mixture.parameters, mixture.covariance)
+    assert_near(got, torch.einsum("nki,kij,nkj->nk", away, precisions, away), 1e-12)
+
+
+@pytest.mark.usefixtures("matrices")
 def test_log_density_has_the_first_and_second_derivatives_of_finite_differences(family, generator):
     mixture = random_mixture(family, generator)
     x = rows_of(mixture, 3, generator).requires_grad_()
@@ -78,6 +100,7 @@ def test_log_density_has_the_first_and_second_derivatives_of_finite_differences(
     assert torch.autograd.gradgradcheck(density, x)
 
 
+@pytest.mark.usefixtures("matrices")
 def test_log_density_of_far_points_is_finite(family, generator):
     """Densities that are exponentiated before their logarithm is taken are zero at 40 standard deviations."""
     mixture = random_mixture(family, generator, dtype=torch.float32)
@@ -91,6 +114,7 @@ def test_log_density_of_far_points_is_finite(family, generator):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.usefixtures("matrices")
 def test_log_density_is_minus_infinity_at_infinity_without_gradient_and_nan_at_nan(family, dtype, generator):
     mixture = random_mixture(family, generator, dtype=dtype)
     too_far = 1e30 if dtype == torch.float32 else 1e200  # its square is infinite
@@ -144,12 +168,28 @@ def test_a_component_of_weight_zero_does_not_count(family, generator):
         assert expectation(x, without, mixture.covariance, moments=moments).count[2] == 0
 
 
+def test_densities_of_many_rows_are_formed_as_many_at_once_as_their_form_takes(family):
+    """Those by moments hold K and F numbers a row, by blocks K times a block, and else K times d."""
+    covariance = COVARIANCES[family]
+    for d in (2, 127, 128, 512):
+        means = torch.zeros(20, d)
+        of = {dtype: functional.rows_of_densities(means.to(dtype), means, covariance) for dtype in DTYPES}
+        whole = {dtype: rows_per_chunk(20 * d, dtype.itemsize) for dtype in DTYPES}
+        blocks = {dtype: max(2 * d, rows_per_chunk(20 * 64, dtype.itemsize)) for dtype in DTYPES}
+        moments = {**whole, torch.float32: rows_of_moments(means, covariance, torch.float64)}
+        assert of == (moments if family != "full" else blocks if d >= 128 else whole)
+        assert (
+            functional.rows_of_densities(means, means, covariance, whitened=True)
+            == (blocks if family == "full" and d >= 128 else whole)[torch.float32]
+        )
+
+
 def test_rows_mapped_in_chunks_equal_rows_mapped_at_once(family, generator):
     mixture = random_mixture(family, generator)
     x = rows_of(mixture, 20, generator)
     density = lambda rows: functional.log_density(rows, mixture.parameters, mixture.covariance)  # noqa: E731
     with torch.no_grad():
-        chunks = functional.map_rows(density, x, mixture.parameters, chunk_size=7)
+        chunks = functional.map_rows(density, x, mixture.parameters, 7)
     assert_near(chunks, density(x))
 
 
@@ -161,7 +201,7 @@ def test_with_a_gradient_each_chunk_is_formed_again_and_not_kept(family, generat
         formed.append(len(rows))
         return functional.log_density(rows, mixture.parameters, mixture.covariance)
 
-    value = functional.map_rows(density, x, mixture.parameters, chunk_size=7)
+    value = functional.map_rows(density, x, mixture.parameters, 7)
     assert formed == [7, 7, 6]
     [gradient] = torch.autograd.grad(value.square().sum(), x, create_graph=True)
     assert sorted(formed) == sorted(2 * [7, 7, 6])
@@ -176,7 +216,7 @@ def test_chunks_have_a_gradient_under_function_transforms(family, generator):
     mixture = random_mixture(family, generator)
     x = rows_of(mixture, 20, generator)
     density = lambda rows: functional.log_density(rows, mixture.parameters, mixture.covariance)  # noqa: E731
-    chunked = lambda rows: functional.map_rows(density, rows, mixture.parameters, chunk_size=7).sum()  # noqa: E731
+    chunked = lambda rows: functional.map_rows(density, rows, mixture.parameters, 7).sum()  # noqa: E731
     assert_near(torch.func.grad(chunked)(x), torch.func.grad(lambda rows: density(rows).sum())(x))
 
 

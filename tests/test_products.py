@@ -6,6 +6,7 @@ from oracles import random_mixture
 
 from tgmm_nn import products
 from tgmm_nn.expectation import moment_statistics
+from tgmm_nn.functional import log_density
 
 
 @pytest.fixture
@@ -64,6 +65,43 @@ def test_onednn_takes_the_larger_matrix_first_only_where_it_is_contiguous(m, n, 
     for right in (b, b.mT.contiguous().mT):
         assert torch.equal(products.summed(a, right), torch.full((m, f), float(n)))
     assert lengths == [m, f if larger_first else m]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch's own forward derivatives
+def test_a_product_that_is_derived_is_not_onednns_which_has_no_derivative(chosen, monkeypatch, generator):
+    chosen("onednn")
+    onednn, taken = products._onednn, []
+    monkeypatch.setattr(products, "_onednn", lambda a, b: taken.append(len(a)) or onednn(a, b))
+    a, b = (torch.randn(100, 100, generator=generator) for _ in range(2))
+    products.product(a, b)
+    assert taken == [100]
+    direction = torch.ones(100, 100)
+    for derived in (a, b):
+        derived.requires_grad_()
+        product = products.product(a, b)
+        (gradient,) = torch.autograd.grad(product.sum(), derived)
+        derived.requires_grad_(False)
+        torch.testing.assert_close(
+            gradient, direction @ b.mT if derived is a else a.mT @ direction, rtol=1e-4, atol=1e-4
+        )
+    _, along = torch.func.jvp(lambda a: products.product(a, b), (a,), (direction,))
+    torch.testing.assert_close(along, direction @ b, rtol=1e-4, atol=1e-4)
+    assert taken == [100]
+
+
+def test_the_density_of_wide_rows_and_its_gradient_do_not_depend_on_the_library(chosen, generator):
+    """Blocks of full matrices are products that oneDNN takes; for a gradient it is not asked."""
+    mixture = random_mixture("full", generator, n_features=130)
+    x, values = torch.randn(300, 130, generator=generator).float(), []
+    oracle = log_density(x.double(), mixture.parameters, mixture.covariance)
+    for library in ("mkl", "onednn"):
+        chosen(library)
+        value = log_density(x, mixture.parameters.to(torch.float32), mixture.covariance)
+        torch.testing.assert_close(value.double(), oracle, rtol=1e-5, atol=0)
+        rows = x.clone().requires_grad_()
+        log_density(rows, mixture.parameters.to(torch.float32), mixture.covariance).sum().backward()
+        values.append(rows.grad)
+    assert torch.equal(*values)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -95,7 +95,7 @@ class MixtureDensity(nn.Module):
 
     def squared_distances(self, x: Any) -> Tensor:
         r"""Return :math:`(x - \mu_k)^\top \Sigma_k^{-1} (x - \mu_k)`, shape ``(..., K)``; differentiable in ``x``."""
-        return self._map_rows(functional.squared_distances, x)
+        return self._map_rows(functional.squared_distances, x, whitened=True)
 
     def log_joint(self, x: Any) -> Tensor:
         r"""Return :math:`\log \pi_k N(x; \mu_k, \Sigma_k)`, shape ``(..., K)``, in nats; differentiable in ``x``."""
@@ -103,11 +103,12 @@ class MixtureDensity(nn.Module):
 
     def log_responsibilities(self, x: Any) -> Tensor:
         r"""Return :math:`\log p(k | x)`, shape ``(..., K)``; differentiable in ``x``, nan for a row at infinity."""
-        return self._map_rows(lambda *args: functional.log_joint(*args).log_softmax(-1), x)
+        return self._map_rows(lambda *args: functional.log_joint(*args).mT.log_softmax(0).mT.contiguous(), x)
 
     def predict_proba(self, x: Any) -> Tensor:
         """Return the responsibilities of the components for each row, shape ``(..., K)``."""
-        return self.log_responsibilities(x).exp()
+        # Along the first axis of (K, n) an operation runs over many rows; MKL's exponential is slow where it vanishes.
+        return self._map_rows(lambda *args: functional.log_joint(*args).mT.softmax(0).mT.contiguous(), x)
 
     def predict(self, x: Any) -> Tensor:
         """Return the most probable component of each row, shape ``(...)``, int64; 0 where a row is not finite."""
@@ -178,15 +179,18 @@ class MixtureDensity(nn.Module):
         k, d = self.n_components, self.n_features
         return k - 1 + k * d + self.covariance.leading(k) * self.covariance.n_parameters(d)
 
-    def _map_rows(self, function: Callable[..., Tensor], x: Any) -> Tensor:
+    def _map_rows(self, function: Callable[..., Tensor], x: Any, *, whitened: bool = False) -> Tensor:
         """Apply a function of rows and parameters to ``(..., d)``, outside autocast; to a file in pieces."""
         if not isinstance(x, Tensor) and is_mapped(x) and len(parts := list(pieces(x))) > 1:
-            return torch.cat([self._map_rows(function, part) for part in parts])
+            return torch.cat([self._map_rows(function, part, whitened=whitened) for part in parts])
         parameters = self.mixture()
         rows, shape = self._rows(x, parameters.means)
         with full_precision(rows.device):
+            size = self.chunk_size or functional.rows_of_densities(
+                rows, parameters.means, self.covariance, whitened=whitened
+            )
             value = functional.map_rows(
-                lambda part: function(part, parameters, self.covariance), rows, parameters, chunk_size=self.chunk_size
+                lambda part: function(part, parameters, self.covariance), rows, parameters, size
             )
         return value if len(shape) == 1 else value.reshape(shape + value.shape[1:])
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tgmm_nn.assignment import SOFT, Assignment, Shares, responsibilities, revivable
 from tgmm_nn.covariance import Covariance
-from tgmm_nn.forms import goes_by_blocks, has_few_moments, rows_of_blocks, rows_of_moments
+from tgmm_nn.forms import goes_by_blocks, has_few_moments, rows_of_blocks, rows_of_moments, rows_per_chunk
 from tgmm_nn.functional import (
     chunks,
     joint_of_distances,
@@ -28,7 +28,6 @@ from tgmm_nn.functional import (
     mixture_mean,
     natural_parameters,
     row_lengths,
-    rows_per_chunk,
 )
 from tgmm_nn.products import SUMMED, product, summed
 from tgmm_nn.statistics import Parameters, Statistics, accumulator_dtype

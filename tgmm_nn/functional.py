@@ -19,11 +19,13 @@ from functools import cache, partial
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from tgmm_nn.covariance import Covariance
+from tgmm_nn.forms import goes_by_blocks, rows_of_moments, rows_of_triangles, rows_per_chunk
+from tgmm_nn.products import may_derive
 from tgmm_nn.statistics import Parameters, accumulator_dtype
+from tgmm_nn.triangular import whitened_blocks, whitening
 
 __all__ = [
     "Parameters",
@@ -39,7 +41,7 @@ __all__ = [
     "mixture_mean",
     "natural_parameters",
     "row_lengths",
-    "rows_per_chunk",
+    "rows_of_densities",
     "squared_distances",
 ]
 
@@ -53,7 +55,7 @@ def mixture_mean(parameters: Parameters) -> Tensor:
 
 def log_weights(weights: Tensor) -> Tensor:
     """Return the logarithms of weights; that of 0 is −∞ and has no gradient, where its own would turn into nan."""
-    if not _may_derive(weights):
+    if not may_derive(weights):
         return weights.log()
     positive = weights > 0
     return torch.where(positive, torch.where(positive, weights, 1.0).log(), -torch.inf)
@@ -87,9 +89,8 @@ def log_joint(x: Tensor, parameters: Parameters, covariance: Covariance) -> Tens
 
 def squared_distances(x: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
     r"""Return the squared Mahalanobis distances :math:`(x_n - \mu_k)^\top \Sigma_k^{-1} (x_n - \mu_k)`, ``(n, K)``."""
-    origin = mixture_mean(parameters).to(x.dtype)
-    means = (parameters.means - origin).to(x.dtype)
-    return covariance.whiten(x - origin, means, parameters.factor.to(x.dtype)).square().sum(-1).mT
+    rows, origin = _centred(x, parameters, x.dtype)
+    return _squared(rows, parameters.about(origin).to(x.dtype), covariance).mT
 
 
 def log_density(x: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
@@ -101,7 +102,7 @@ def log_density(x: Tensor, parameters: Parameters, covariance: Covariance) -> Te
     moments = _takes_moments(x, covariance)
     rows, origin = _centred(x, parameters, accumulator_dtype(x.device) if moments else x.dtype)
     length, usable = row_lengths(rows, x.dtype)
-    if _may_derive(x, *parameters):  # what such a row becomes is not used, but its gradient would be nan
+    if may_derive(x, *parameters):  # what such a row becomes is not used, but its gradient would be nan
         rows = masked(rows, usable)
     value = _log_sum(_joint(rows, parameters, origin, covariance, moments))
     return torch.where(usable, value, length * -math.inf).to(x.dtype)
@@ -116,16 +117,22 @@ def log_density_and_entropy(x: Tensor, parameters: Parameters, covariance: Covar
     return torch.stack([joint.logsumexp(-1), torch.special.entr(joint.softmax(-1)).sum(-1)], -1)
 
 
-def map_rows(
-    function: Callable[[Tensor], Tensor], x: Tensor, parameters: Parameters, *, chunk_size: int | None = None
-) -> Tensor:
-    """Apply a function of rows ``(n, d)`` chunk by chunk; in one piece where the number of rows may be symbolic.
+def rows_of_densities(x: Tensor, means: Tensor, covariance: Covariance, *, whitened: bool = False) -> int:
+    """Return for how many rows densities are formed at once, or what needs ``whitened`` rows in any case."""
+    if _takes_moments(x, covariance) and not whitened:
+        return rows_of_moments(means, covariance, accumulator_dtype(x.device))
+    if goes_by_blocks(means, covariance, moments=False):
+        return rows_of_triangles(means, x.dtype)
+    return rows_per_chunk(means.numel(), x.element_size())
+
+
+def map_rows(function: Callable[[Tensor], Tensor], x: Tensor, parameters: Parameters, size: int) -> Tensor:
+    """Apply a function of rows ``(n, d)``, ``size`` at a time; in one piece where their number may be symbolic.
 
     Where a gradient is recorded, what a chunk forms is not kept but formed again in the backward pass: memory stays
     that of the rows, the values and one chunk, whatever K is.
     """
     _keep_freed_memory(x)
-    size = chunk_size or rows_per_chunk(parameters.means.numel(), x.element_size())
     if torch.compiler.is_compiling() or len(x) <= size:
         return function(x)
     recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parameters))
@@ -167,26 +174,6 @@ def _raise_threshold() -> None:
     are large follows the largest that was freed so far: here one that is never touched.
     """
     np.empty(2**25 - 2**16, np.uint8)
-
-
-def rows_per_chunk(width: int, element_size: int, least: int = 64) -> int:
-    """Return how many rows of ``width`` numbers stay below 4 MB, above which fresh arrays fault at each use.
-
-    A multiple of 16: where rows are columns of a matrix, its own rows then begin with a line of the cache, which makes
-    products and sums a fifth faster.
-    """
-    return min(max(4_000_000 // (width * element_size) // 16 * 16, least), 8192)
-
-
-def _may_derive(*tensors: Tensor) -> bool:
-    """Return whether a derivative of any tensor may be taken: most ways to one do not tell.
-
-    Forward derivatives are taken where no gradient is recorded, and what is exported without one may record it later.
-    """
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return True
-    told = any(tensor.requires_grad for tensor in tensors)
-    return torch.is_grad_enabled() and (told or torch.compiler.is_compiling())
 
 
 def _takes_moments(x: Tensor, covariance: Covariance) -> bool:
@@ -241,12 +228,21 @@ def natural_parameters(parameters: Parameters, origin: Tensor, covariance: Covar
     return constant, linear, -0.5 * covariance.dual(precision, n_features)
 
 
+def _squared(rows: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:
+    """Return the squared Mahalanobis distance of each row from each component, shape ``(K, n)``."""
+    means, factor = parameters.means, parameters.factor
+    if not goes_by_blocks(means, covariance, moments=False):
+        return covariance.whiten(rows, means, factor).square().sum(-1)
+    columns = torch.cat([rows.new_ones(1, len(rows)), rows.mT])
+    lengths = [block.square().sum(1) for block in whitened_blocks(columns, whitening(means, factor))]
+    return torch.stack(lengths).sum(0)
+
+
 def _joint(rows: Tensor, parameters: Parameters, origin: Tensor, covariance: Covariance, moments: bool) -> Tensor:
     """Return the log of each weighted component density, shape ``(K, n)``, for rows about a reference point."""
     if not moments:  # parameters are centred before they are rounded
         about = parameters.about(origin).to(rows.dtype)
-        y = covariance.whiten(rows, about.means, about.factor)
-        return joint_of_distances(y.square().sum(-1), about, covariance)
+        return joint_of_distances(_squared(rows, about, covariance), about, covariance)
     constant, linear, quadratic = natural_parameters(parameters, origin, covariance)
     joint = torch.addmm(constant[:, None], linear, rows.mT)
     if covariance.tied:  # the term that all components share needs no product with each

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-__all__ = ["SUMMED", "prefers_onednn", "product", "summed"]
+__all__ = ["SUMMED", "may_derive", "prefers_onednn", "product", "summed"]
 
 CHOICES = ("auto", "mkl", "onednn")
 
@@ -18,6 +19,17 @@ LARGE = 2**19
 
 # Numbers that float32 adds up in one piece, at most: the rounding of a sum grows with the root of their number.
 SUMMED = 1024
+
+
+def may_derive(*tensors: Tensor) -> bool:
+    """Return whether a derivative of any tensor may be taken: most ways to one do not tell.
+
+    Forward derivatives are taken where no gradient is recorded, and what is exported without one may record it later.
+    """
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    told = any(tensor.requires_grad for tensor in tensors)
+    return torch.is_grad_enabled() and (told or torch.compiler.is_compiling())
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -75,6 +87,7 @@ def _is_amd() -> bool:
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> bool:
-    """Return whether a product goes to oneDNN, whose kernel can't be traced."""
+    """Return whether a product goes to oneDNN, whose kernel has no derivative and can't be traced."""
     here = a.dtype == torch.float32 and a.device.type == "cpu" and not torch.compiler.is_compiling()
+    here = here and not may_derive(a, b)
     return here and a.numel() * b.shape[-1] >= LARGE and prefers_onednn()

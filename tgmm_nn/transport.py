@@ -10,7 +10,7 @@ from torch import Tensor
 from tgmm_nn.assignment import Assignment, revivable
 from tgmm_nn.covariance import Covariance
 from tgmm_nn.distributed import sum_over_ranks
-from tgmm_nn.functional import chunks, log_joint, rows_per_chunk
+from tgmm_nn.functional import chunks, log_joint, rows_of_densities
 from tgmm_nn.statistics import Parameters, accumulator_dtype
 
 __all__ = ["sinkhorn"]
@@ -65,7 +65,7 @@ def sinkhorn(
         Brauer, Clason, Lorenz and Wirth, A Sinkhorn-Newton method for entropic optimal transport, 2017.
         Asano, Rupprecht and Vedaldi, Self-labelling via simultaneous clustering and representation learning, 2020.
     """
-    size = chunk_size or rows_per_chunk(parameters.means.numel(), x.element_size())
+    size = chunk_size or rows_of_densities(x, parameters.means, covariance)
     equal = parameters._replace(weights=torch.full_like(parameters.weights, 1.0 / len(parameters.weights)))
     shares = marginals.to(accumulator_dtype(x.device)).log()
 
