@@ -16,6 +16,7 @@ ORDER = (
     "distributed",
     "statistics",
     "structure",
+    "monomials",
     "products",
     "triangular",
     "covariance",

@@ -5,7 +5,8 @@ import torch
 from oracles import assert_near, dense, random_covariances, restrict
 
 from tgmm_nn.covariance import COVARIANCES, Full
-from tgmm_nn.structure import LIFT, Monomials
+from tgmm_nn.monomials import Monomials
+from tgmm_nn.structure import LIFT
 
 K, D = 3, 4
 
@@ -175,21 +176,41 @@ def test_a_writer_writes_the_features_of_what_the_columns_hold_when_it_is_called
 
 
 def test_monomials_are_those_of_each_chunk_whatever_its_size_also_where_parts_cannot_be_written(form, x):
-    monomials = Monomials(form)
-    for rows in (x, x + 1.0, x[:3], x[:0], -x):
-        features = [] if form.tied else [form.features(rows.mT)]
-        oracle = torch.cat([torch.ones(1, len(rows), dtype=torch.float64), rows.mT, *features])
-        with torch.no_grad():
-            assert torch.equal(monomials(rows), oracle)
-        assert torch.equal(monomials(rows), oracle)  # with gradients on
+    origin = torch.linspace(-1.0, 2.0, D, dtype=torch.float64)
+    shared, at_once = Monomials(form, origin), Monomials(form, origin, once=True)
+    far = x.clone()
+    far[2, 1], far[3, 0], far[4] = torch.nan, -torch.inf, 1e160  # whose square is infinite
+    for rows in (x, x + 1.0, x[:3], x[:0], far, -x, x.mT.contiguous().mT):
+        usable = torch.tensor([rows is not far or i not in (2, 3, 4) for i in range(len(rows))], dtype=torch.bool)
+        away = torch.where(usable[:, None], rows - origin, 0.0)
+        features = [] if form.tied else [form.features(away.mT)]
+        oracle = torch.cat([torch.ones(1, len(rows), dtype=torch.float64), away.mT, *features])
         assert len(oracle) == form.n_monomials(D)
+        for monomials in (shared, at_once):
+            with torch.no_grad():
+                got, which = monomials(rows)
+                assert torch.equal(got, oracle)
+                assert torch.equal(which, usable)
+            got, which = monomials(rows)  # with gradients on
+            assert torch.equal(got, oracle)
+            assert torch.equal(which, usable)
+
+
+@pytest.mark.parametrize(("given", "dtype"), [("float32", "float32"), ("float32", "float64"), ("float64", "float64")])
+@torch.no_grad()
+def test_monomials_are_in_the_dtype_of_the_reference_point_and_usable_in_that_of_the_rows(form, given, dtype):
+    rows = torch.tensor([[1e18, 0.0, 0.0], [1e20, 0.0, 0.0], [1.0, 2.0, 3.0]], dtype=getattr(torch, given))
+    got, usable = Monomials(form, torch.zeros(3, dtype=getattr(torch, dtype)))(rows)
+    assert got.dtype == getattr(torch, dtype)
+    assert usable.tolist() == [True, given == "float64", True]
+    assert torch.equal(got[1:4, 2], rows[2].to(got.dtype))
 
 
 @torch.no_grad()
 def test_chunks_of_one_size_share_the_memory_of_their_monomials(form, x):
-    monomials = Monomials(form)
-    first = monomials(x)
-    assert monomials(x + 1.0).data_ptr() == first.data_ptr()
+    monomials = Monomials(form, x.new_zeros(D))
+    first, _ = monomials(x)
+    assert monomials(x + 1.0)[0].data_ptr() == first.data_ptr()
     assert torch.equal(first[1 : 1 + D], (x + 1.0).mT)
     # Products of features are rows in memory, rows of a chunk otherwise.
     assert first.is_contiguous() == (isinstance(form, Full) and not form.tied)

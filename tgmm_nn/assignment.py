@@ -86,14 +86,15 @@ def responsibilities(
     if log_prior is not None:
         prior = log_prior.mT
         joint = torch.where((prior < math.inf).all(0), joint + prior, -math.inf)
-    r, total, largest = _exponential(joint)
+    scores = joint
+    r, total, largest = _exponential(joint.clone() if assignment.is_tilted or assignment.hard else joint)
     log_p = largest + total.log()
-    usable, scores = _is_bounded(largest) & usable, joint
+    usable = _is_bounded(largest) & usable
     if assignment.is_tilted:
         scores = joint / assignment.temperature
         if assignment.offset is not None:
             scores = scores + assignment.offset[:, None]
-        r, total, highest = _exponential(scores)
+        r, total, highest = _exponential(scores.clone() if assignment.hard else scores)
         usable = usable & _is_bounded(highest)
     weight = usable.to(joint.dtype)
     if sample_weight is not None:
@@ -108,13 +109,13 @@ def responsibilities(
 
 
 def _exponential(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what a softmax over components divides by its sum, that sum, and each row's largest score.
+    """Turn scores into what a softmax over components divides by its sum, in place; return it, the sum and the largest.
 
-    That is the least number where all are −inf, and the sum 1.
+    The largest score of a row is the least number where all are −inf, and the sum 1.
     """
     largest = scores.amax(0).clamp_(min=torch.finfo(scores.dtype).min)
     # Limited before, since MKL takes fifty times as long for an exponential that vanishes; what is small is zero after.
-    r = torch.threshold_((scores - largest).clamp_(min=math.log(LEAST_SHARE) - 1.0).exp_(), LEAST_SHARE, 0.0)
+    r = torch.threshold_(scores.sub_(largest).clamp_(min=math.log(LEAST_SHARE) - 1.0).exp_(), LEAST_SHARE, 0.0)
     return r, r.sum(0).clamp_(min=1.0), largest
 
 

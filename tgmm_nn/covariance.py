@@ -166,9 +166,11 @@ class Full(Covariance):
     def normals(self, means: Tensor, factor: Tensor) -> Distribution:
         return MultivariateNormal(means, scale_tril=self.root(factor))
 
-    def space(self, rows: Tensor) -> Tensor:
+    def space(self, n_rows: int, n_features: int, like: Tensor) -> Tensor:
         # A product of features is a row of its own; without any, rows are copied as they are.
-        return super().space(rows) if self.tied else rows.new_empty(self.n_monomials(rows.shape[-1]), len(rows))
+        if self.tied:
+            return super().space(n_rows, n_features, like)
+        return like.new_empty(self.n_monomials(n_features), n_rows)
 
     def _remaining(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
         """Return what remains of each variance given the features before it, and which covariances have a factor."""

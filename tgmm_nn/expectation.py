@@ -24,14 +24,12 @@ from tgmm_nn.forms import goes_by_blocks, has_few_moments, rows_of_blocks, rows_
 from tgmm_nn.functional import (
     chunks,
     joint_of_distances,
-    masked,
     mixture_mean,
     natural_parameters,
-    row_lengths,
 )
+from tgmm_nn.monomials import Monomials, masked, row_lengths
 from tgmm_nn.products import SUMMED, product, summed
 from tgmm_nn.statistics import Parameters, Statistics, accumulator_dtype
-from tgmm_nn.structure import Monomials
 from tgmm_nn.triangular import (
     second_moments,
     second_moments_of_each,
@@ -253,16 +251,14 @@ def moment_statistics_of_each(
         constant, linear, quadratic = natural_parameters(parameters, origin, form)
         return torch.cat([constant[:, None], linear, *([] if covariance.tied else [quadratic])], 1).to(dtype)
 
-    theta, monomials_of = _joined([coefficients(parameters) for parameters in mixtures]), Monomials(form, once=few)
+    theta = _joined([coefficients(parameters) for parameters in mixtures])
+    monomials_of = Monomials(form, origin, once=few)
 
     def sums(rows: Tensor, weight: Tensor | None, prior: Tensor | None) -> Sums:
-        rows = (rows - origin).to(dtype)
-        _, usable = row_lengths(rows, x.dtype)
-        rows = masked(rows, usable)
-        monomials = monomials_of(rows)
+        monomials, usable = monomials_of(rows)
         joints = product(theta, monomials).split(n_components)
         each = [responsibilities(joint, weight, prior, assignment, usable) for joint in joints]
-        totals = [(*_totals(shares, wide), *within(rows, shares.weight)) for shares in each]
+        totals = [(*_totals(shares, wide), *within(monomials[1:].mT, shares.weight)) for shares in each]
         return (summed(_joined([shares.r for shares in each]), monomials.mT), *chain.from_iterable(totals))
 
     def within(rows: Tensor, weight: Tensor) -> Sums:

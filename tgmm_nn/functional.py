@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tgmm_nn.covariance import Covariance
 from tgmm_nn.forms import goes_by_blocks, rows_of_moments, rows_of_triangles, rows_per_chunk
+from tgmm_nn.monomials import masked, row_lengths
 from tgmm_nn.products import may_derive
 from tgmm_nn.statistics import Parameters, accumulator_dtype
 from tgmm_nn.triangular import whitened_blocks, whitening
@@ -37,10 +38,8 @@ __all__ = [
     "log_joint",
     "log_weights",
     "map_rows",
-    "masked",
     "mixture_mean",
     "natural_parameters",
-    "row_lengths",
     "rows_of_densities",
     "squared_distances",
 ]
@@ -188,18 +187,6 @@ def _centred(x: Tensor, parameters: Parameters, dtype: torch.dtype) -> tuple[Ten
     """
     origin = mixture_mean(parameters).to(dtype)
     return x - origin, origin
-
-
-def row_lengths(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the length of each centred row, and whether it is finite and its square does not overflow a dtype."""
-    length = torch.linalg.vector_norm(rows.detach(), dim=-1)
-    return length, length < 0.99 * torch.finfo(dtype).max ** 0.5  # the norm is rounded, and so is a sum of squares
-
-
-def masked(rows: Tensor, usable: Tensor) -> Tensor:
-    """Return rows with those that are not usable replaced by zero."""
-    # A choice with a condition for each row takes five times as long.
-    return rows.nan_to_num(0.0, 0.0, 0.0) * usable[:, None]
 
 
 def joint_of_distances(squared: Tensor, parameters: Parameters, covariance: Covariance) -> Tensor:

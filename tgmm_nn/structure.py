@@ -22,7 +22,7 @@ from torch.distributions import Distribution
 
 from tgmm_nn import checks
 
-__all__ = ["LIFT", "Covariance", "Monomials", "writes_into_parts"]
+__all__ = ["LIFT", "Covariance", "writes_into_parts"]
 
 
 def writes_into_parts() -> bool:
@@ -34,45 +34,6 @@ def writes_into_parts() -> bool:
 # A covariance that cannot be factorised is lifted by this fraction of its mean variance: about the relative error that
 # sums of float32 products can carry, and small enough that a float32 factor still represents the result.
 LIFT = 1e-6
-
-
-class Monomials:
-    r"""Gives :math:`[1; x; [x x^\top]]` of each row x of a chunk, in memory that all chunks of one size share.
-
-    A tied structure has no products of features: what components have in common tells none apart. Memory and its views
-    are made once, since views of many features take half as long as what is written into them.
-
-    Args:
-        covariance: Structure whose `Covariance.features` are taken.
-        once: Whether there is one chunk of few rows only, for which fewer operations are faster than shared memory.
-
-    Example:
-        >>> from tgmm_nn.covariance import Diagonal
-        >>> Monomials(Diagonal())(torch.tensor([[2.0, 3.0]])).flatten()
-        tensor([1., 2., 3., 4., 9.])
-    """
-
-    def __init__(self, covariance: Covariance, *, once: bool = False) -> None:
-        self._covariance, self._once = covariance, once
-        # The memory, the part of it that holds x, and what writes the features of that into the rest.
-        self._parts: tuple[Tensor, Tensor, Callable[[], object] | None] | None = None
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Return them for rows ``(n, d)``, shape ``(1 + d + F, n)``: valid until the next call."""
-        covariance = self._covariance
-        if self._once or not writes_into_parts():
-            products = [] if covariance.tied else [covariance.features(rows.mT)]
-            return torch.cat([rows.new_ones(1, len(rows)), rows.mT, *products])
-        if self._parts is None or self._parts[0].shape[1] != len(rows):
-            space = covariance.space(rows)
-            ones, columns, features = space.tensor_split([1, 1 + rows.shape[-1]])
-            ones.fill_(1.0)
-            self._parts = space, columns, None if covariance.tied else covariance.writer(columns, features)
-        space, columns, write = self._parts
-        columns.copy_(rows.mT)
-        if write is not None:
-            write()
-        return space
 
 
 @dataclass(frozen=True)
@@ -231,12 +192,12 @@ class Covariance(ABC):
         return self.n_parameters(n_features)
 
     def n_monomials(self, n_features: int) -> int:
-        """Return how many `Monomials` a row has."""
+        """Return how many numbers stand for a row in products: a one, the row and its `features`."""
         return 1 + n_features + (0 if self.tied else self.n_products(n_features))
 
-    def space(self, rows: Tensor) -> Tensor:
-        """Return an empty matrix for the `Monomials` of rows, of the strides in which they are written fastest."""
-        return rows.new_empty(len(rows), self.n_monomials(rows.shape[-1])).mT
+    def space(self, n_rows: int, n_features: int, like: Tensor) -> Tensor:
+        """Return an empty matrix for the monomials of rows, of the strides in which they are written fastest."""
+        return like.new_empty(n_rows, self.n_monomials(n_features)).mT
 
     def is_narrow(self, n_features: int) -> bool:
         """Return whether what tells components apart in a row is a product with about as many numbers as it has.
