@@ -106,6 +106,17 @@ def test_an_exported_density_has_finite_gradients_although_none_was_recorded_the
     assert_near(*gradients)
 
 
+@pytest.mark.no_cover
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.")  # by torch's own exporter
+@pytest.mark.usefixtures("matrices")
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_density_is_exported_for_any_number_of_rows(strict, family, generator, rows):
+    layer = random_layer(family, generator)
+    exported = torch.export.export(layer, (rows,), dynamic_shapes=({0: torch.export.Dim("n")},), strict=strict)
+    more = torch.cat([rows, rows + 1.0])
+    assert_near(exported.module()(more), layer(more), 1e-12)
+
+
 @pytest.mark.usefixtures("matrices")
 def test_a_density_is_the_same_number_whether_a_gradient_is_recorded_or_not(mixture, rows, density):
     far = torch.cat([rows, torch.tensor(FAR, dtype=rows.dtype)])

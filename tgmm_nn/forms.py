@@ -1,6 +1,7 @@
 r"""The rule by which an E-step takes one of its forms: by shapes alone, and by the rounding that moments would carry.
 
-`tgmm_nn.expectation` has the forms themselves.
+Also how many rows each form takes at once, which densities share. `tgmm_nn.expectation` and `tgmm_nn.functional` have
+the forms themselves.
 """
 
 from __future__ import annotations

@@ -220,7 +220,7 @@ def _squared(rows: Tensor, parameters: Parameters, covariance: Covariance) -> Te
     means, factor = parameters.means, parameters.factor
     if not goes_by_blocks(means, covariance, moments=False):
         return covariance.whiten(rows, means, factor).square().sum(-1)
-    columns = torch.cat([rows.new_ones(1, len(rows)), rows.mT])
+    columns = torch.cat([torch.ones_like(rows.mT[:1]), rows.mT])  # the length of rows may be symbolic
     lengths = [block.square().sum(1) for block in whitened_blocks(columns, whitening(means, factor))]
     return torch.stack(lengths).sum(0)
 
