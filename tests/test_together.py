@@ -10,7 +10,7 @@ from oracles import assert_near, random_layer, random_mixture
 from tgmm_nn import GaussianMixture, fitting
 from tgmm_nn.assignment import HARD, SOFT, Assignment
 from tgmm_nn.expectation import expectation, expectations
-from tgmm_nn.structure import Monomials
+from tgmm_nn.monomials import Monomials
 
 # The form follows from these: products for all mixtures, rows whitened by each, and blocks of features for each.
 FORMS = {
